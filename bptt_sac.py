@@ -1,0 +1,814 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch>=2.11", "gymnasium>=1.1", "mujoco>=3.3", "tyro", "tensorboard", "numpy", "tqdm"
+# ]
+# ///
+"""BPTT-SAC: Soft Actor-Critic with a recurrent policy, trained by backpropagation through time.
+
+The baseline of Al-Hafez, Zhao, Peters, Tateo, "Time-Efficient Reinforcement Learning with
+Stochastic Stateful Policies", ICLR 2024, https://arxiv.org/abs/2311.04082. The policy sees o, the
+critic the state s. The policy's memory is deterministic, h_k = GRU(o_k, a_{k-1}, h_{k-1}), and is
+computed along sequences of L rows of the replay buffer, from a stored internal state z:
+
+    target   y = r + gamma (1 - d) [min_i Q'_i(s', a'', a) - alpha log pi(a'' | o', h')]
+    critic   L(Q)  = sum_i E[(Q_i(s, a, a_prev) - y)^2]
+    actor    L(pi) = E[alpha log pi(a~ | o, h) - min_i Q_i(s, a~, a_prev)]
+
+where a'' and a~ are fresh, reparameterised samples of the policy. The expectations are over the
+last row of each sequence, as published, or over all of them; the gradient of the actor's loss goes
+back through the h of all rows before. Without a privileged critic, h is one more input of Q. Its
+counterpart s2pg_sac.py needs no gradient through time: compare the two with diff.
+
+    python bptt_sac.py --env-id InvertedPendulum-v4 --total-timesteps 20000
+    python bptt_sac.py --env-id Humanoid-v4 --sequence-length 64 --burn-in 16 --seed 1
+    python bptt_sac.py --evaluate runs/RUN --eval-episodes 20 --capture-video
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import sys
+import time
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import envs
+
+
+@dataclasses.dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of this experiment"""
+    seed: int = 1
+    """seed of the networks, the noise and the environments, >= 0"""
+    torch_deterministic: bool = True
+    """sets `torch.backends.cudnn.deterministic`"""
+    cuda: bool = True
+    """use a CUDA card where there is one"""
+    track: bool = False
+    """log to Weights and Biases as well"""
+    wandb_project_name: str = "s2pg"
+    """project of Weights and Biases"""
+    wandb_entity: str | None = None
+    """entity (team) of Weights and Biases"""
+    capture_video: bool = False
+    """record videos of the first environment into the run's `videos` folder"""
+
+    env_id: str = "InvertedPendulum-v4"
+    """a Gymnasium MuJoCo id, a memory task of `envs`, or your own as `module:Id-v0`"""
+    env_kwargs: dict[str, int | float | bool | str] = dataclasses.field(default_factory=dict)
+    """arguments of the environment, as `--env-kwargs name value name value`"""
+    total_timesteps: int = 1_000_000
+    """environment steps of the whole run, counted over all environments"""
+    num_envs: int = 1
+    """environments stepped together, >= 1"""
+    hide: Literal["none", "velocities", "positions"] = "none"
+    """what a MuJoCo observation hides from the policy; `TUNED` below hides velocities"""
+    random_bodies: bool = False
+    """draw masses and geom sizes anew each episode; only the critic is told"""
+    wind: bool = False
+    """push the torso with a constant force of random sign; the forward reward follows its sign"""
+    privileged_critic: bool = True
+    """let the critic see the whole state; otherwise it sees what the policy sees, and h"""
+
+    rnn: Literal["gru", "lstm", "rnn"] = "gru"
+    """recurrent layer that gives the memory h"""
+    state_dim: int = 32
+    """size of the recurrent layer (the internal state of an LSTM, h and c, is twice as large)"""
+    critic_sees_h: bool = False
+    """give h to a privileged critic too"""
+    sequence_length: int = 32
+    """rows L that gradients flow through"""
+    loss_on: Literal["last", "all"] = "all"
+    """rows of a sequence with a loss: "last" takes batch_size sequences (as published), "all" takes
+    batch_size / sequence_length, so that both see batch_size transitions"""
+    burn_in: int = 0
+    """rows before the sequence that only warm up its initial state, where the episode has them"""
+    initial_state: Literal["stored", "zero"] = "stored"
+    """internal state before the first row, or before the burn-in: that of acting, or zeros"""
+
+    buffer_size: int = 1_000_000
+    """rows of the replay buffer, over all environments"""
+    gamma: float = 0.99
+    """discount factor, in [0, 1)"""
+    tau: float = 0.005
+    """share of the critic that flows into its target each update, in (0, 1]"""
+    batch_size: int = 256
+    """transitions in an update"""
+    learning_starts: int = 5_000
+    """transitions collected, by uniformly random actions, before the first update"""
+    utd: float = 1.0
+    """updates per environment step"""
+    actor_lr: float = 3e-4
+    """learning rate of the actor"""
+    critic_lr: float = 1e-3
+    """learning rate of the critic"""
+    alpha: float = 1.0
+    """temperature of the action at the start"""
+    alpha_lr: float = 1e-3
+    """learning rate of log alpha (its target entropy is -|A|); 0 keeps alpha as it is"""
+
+    resume: str | None = None
+    """folder of a run to continue; options given beside it replace the run's own"""
+    save_buffer: bool = False
+    """keep the replay buffer in the checkpoint; otherwise a resumed run fills a new one first"""
+    checkpoint_frequency: int = 10_000
+    """environment steps between two checkpoints"""
+    eval_frequency: int = 10_000
+    """environment steps between two evaluations; 0 for none but the last"""
+    eval_episodes: int = 5
+    """episodes of an evaluation, deterministic and stochastic each"""
+    evaluate: str | None = None
+    """folder of a run to replay instead of training"""
+    save_demonstrations: str | None = None
+    """with --evaluate: write the deterministic episodes to this .npz file"""
+    num_threads: int = 1
+    """CPU threads of torch; more than one rarely pays for networks of this size"""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """of float32 matrix products: "medium" computes them in bfloat16 where the hardware can"""
+
+
+# What a task wants different from the defaults; options on the command line come before these.
+TUNED = {
+    "Ant": dict(hide="velocities", critic_lr=1e-4),
+    "CueRecall": dict(learning_starts=1_000),
+    "HalfCheetah": dict(hide="velocities"),
+    "Hopper": dict(hide="velocities"),
+    "Humanoid": dict(hide="velocities", critic_lr=1e-4),
+    "HumanoidStandup": dict(hide="velocities", critic_lr=1e-4),
+    "InvertedDoublePendulum": dict(hide="velocities", learning_starts=1_000),
+    "InvertedPendulum": dict(hide="velocities", learning_starts=1_000),
+    "Swimmer": dict(hide="velocities"),
+    "Walker2d": dict(hide="velocities", critic_lr=3e-4),
+}
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+
+
+class RecurrentActor(nn.Module):
+    """The policy pi(a | o, h), a squashed diagonal Gaussian, with a deterministic memory h.
+
+    Shapes: o [B, O]; z, z' [B, Z] in (-1, 1); h [B, H] in (-1, 1); a, a_prev [B, A] in (-1, 1). The
+    internal state z is h one step before. For an LSTM z = (h, tanh c), which keeps the unbounded
+    cell state in the same interval.
+    """
+
+    def __init__(self, obs_dim, action_dim, state_dim, rnn):
+        super().__init__()
+        self.action_dim, self.rnn = action_dim, rnn
+        self.z_dim = 2 * state_dim if rnn == "lstm" else state_dim
+        self.encode_obs = nn.Linear(obs_dim, 256)
+        self.encode_action = nn.Linear(action_dim, 256)
+        layers = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
+        self.layer = layers[rnn](512, state_dim)
+        self.policy_obs = nn.Linear(obs_dim, 256)
+        self.policy_hidden = nn.Linear(256 + state_dim, 256)
+        self.policy_head = nn.Linear(256, 2 * action_dim)
+
+    def remember(self, obs, z, a_prev):
+        """h [T, B, H] and the last z' [B, Z] of sequences `obs`, `a_prev` [T, B, .] that follow z."""
+        e = torch.cat([F.relu(self.encode_obs(obs)), F.relu(self.encode_action(a_prev))], -1)
+        if self.rnn == "lstm":
+            h, tanh_c = z.unsqueeze(0).chunk(2, -1)
+            outputs, (h, c) = self.layer(e, (h.contiguous(), atanh(tanh_c)))
+            return outputs, torch.cat([h, torch.tanh(c)], -1).squeeze(0)
+        outputs, h = self.layer(e, z.unsqueeze(0))
+        return outputs, h.squeeze(0)
+
+    def forward(self, obs, h):
+        """Mean and log std of a before the tanh, both [B, A]."""
+        h = torch.cat([F.relu(self.policy_obs(obs)), h], -1)
+        mean, log_std = self.policy_head(F.relu(self.policy_hidden(h))).chunk(2, -1)
+        return mean, bounded_log_std(log_std)
+
+    def sample(self, obs, h):
+        """Reparameterised a [B, A], with log pi [B]."""
+        action, log_prob = squashed_gaussian(*self(obs, h))
+        return action, log_prob.sum(-1)
+
+    def act(self, obs, z, a_prev, deterministic=False):
+        """a [B, A], sampled or noise-free, and z' [B, Z]."""
+        h, z_next = self.remember(obs.unsqueeze(0), z, a_prev.unsqueeze(0))
+        mean, log_std = self(obs, h.squeeze(0))
+        action = torch.tanh(mean) if deterministic else squashed_gaussian(mean, log_std)[0]
+        return action, z_next
+
+
+def bounded_log_std(x):
+    """Map the reals into (LOG_STD_MIN, LOG_STD_MAX)."""
+    return LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(x) + 1)
+
+
+def atanh(x):
+    """Inverse of tanh, finite where float32 has rounded a tanh to -1 or 1."""
+    return torch.atanh(x.clamp(-1 + 1e-6, 1 - 1e-6))
+
+
+def squashed_gaussian(mean, log_std):
+    """x = tanh(u), u ~ N(mean, std^2), and log p(x) of each dimension; both shaped like `mean`."""
+    noise = torch.randn_like(mean)
+    u = mean + noise * log_std.exp()
+    log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    # log(1 - tanh(u)^2), in the form that does not underflow for large |u|
+    return torch.tanh(u), log_prob - 2 * (math.log(2) - u - F.softplus(-2 * u))
+
+
+class BatchedLinear(nn.Module):
+    """`n` linear layers at once, [n, B, inputs] -> [n, B, outputs], initialised like nn.Linear."""
+
+    def __init__(self, n, inputs, outputs):
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(n, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(n, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class TwinCritic(nn.Module):
+    """Q_1 and Q_2 [2, B] of the concatenated inputs [B, .], two networks in one batched module."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        layers = BatchedLinear(2, inputs, 256), BatchedLinear(2, 256, 256), BatchedLinear(2, 256, 1)
+        self.net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+
+    def forward(self, *inputs):
+        return self.net(torch.cat(inputs, -1).expand(2, -1, -1)).squeeze(-1)
+
+
+class RowBuffer:
+    """A ring of rows [time, env], one for each step of a vector environment (autoreset next step).
+
+    An episode of T transitions fills T + 1 rows; the last holds the final observation, and its
+    action is ignored. Row t + 1 completes row t: it holds the next observation and internal
+    state, row t - 1 the previous action. So nothing is stored twice. A row is a transition,
+    and can be sampled, once its successor is written, unless that is the `first` of an episode
+    (which an interrupted run begins without a final row).
+
+    Row t of environment n lies at index t * num_envs + n. `transitions` is a queue of the indices
+    that can be sampled, in order of time. The four counters are kept on the device too, so that
+    sampling never waits for the host.
+    """
+
+    def __init__(self, size, num_envs, obs_dim, critic_dim, z_dim, action_dim, device):
+        self.num_envs, self.slots, self.device = num_envs, size // num_envs, device
+        self.head = self.size = 0  # where the queue begins, how many it holds
+        self.cursor = self.written = 0  # the slot [num_envs rows] to write next, slots written
+        self.links = np.zeros(self.slots, dtype=np.int64)  # transitions in each slot
+
+        def rows(*shape, dtype=torch.float32):
+            return torch.zeros(self.slots * num_envs, *shape, dtype=dtype, device=device)
+
+        self.obs = rows(obs_dim)
+        # None: the critic sees what the policy sees
+        self.critic_obs = self.obs if critic_dim is None else rows(critic_dim)
+        self.z, self.action, self.reward = rows(z_dim), rows(action_dim), rows()
+        self.terminated, self.first = rows(dtype=torch.bool), rows(dtype=torch.bool)
+        self.transitions = rows(dtype=torch.int64)
+        self.counters = torch.zeros(4, dtype=torch.int64, device=device)
+
+    def add(self, obs, critic_obs, z, action, reward, terminated, first):
+        """Write a row per environment: arrays or tensors [num_envs, ...], `first` a bool array."""
+        rows = slice(self.cursor * self.num_envs, (self.cursor + 1) * self.num_envs)
+        self.obs[rows] = torch.as_tensor(obs, device=self.device)
+        if self.critic_obs is not self.obs:
+            self.critic_obs[rows] = torch.as_tensor(critic_obs, device=self.device)
+        self.z[rows], self.action[rows] = z, action
+        self.reward[rows] = torch.as_tensor(reward, dtype=torch.float32, device=self.device)
+        self.terminated[rows] = torch.as_tensor(terminated, device=self.device)
+        self.first[rows] = torch.as_tensor(first, device=self.device)
+
+        # the rows before these have become transitions wherever the episode goes on
+        previous, continued = (self.cursor - 1) % self.slots, np.flatnonzero(~first)
+        tail = (self.head + self.size + np.arange(len(continued))) % len(self.transitions)
+        index = torch.as_tensor(previous * self.num_envs + continued, device=self.device)
+        self.transitions[torch.as_tensor(tail, device=self.device)] = index
+        self.links[previous] = len(continued)
+        self.size += len(continued)
+
+        # the oldest slot leaves one step before it is overwritten: its a_prev is gone already
+        self.cursor = (self.cursor + 1) % self.slots
+        self.written = min(self.written + 1, self.slots)
+        leaving, self.links[self.cursor] = int(self.links[self.cursor]), 0
+        self.head = (self.head + leaving) % len(self.transitions)
+        self.size -= leaving
+        self.counters.copy_(torch.tensor([self.head, self.size, self.cursor, self.written]))
+
+    def draw(self, batch_size):
+        """Indices [batch_size] of transitions, uniformly with replacement."""
+        head, size = self.counters[0], self.counters[1]
+        offset = torch.rand(batch_size, dtype=torch.float64, device=self.device) * size
+        return self.transitions[(head + offset.long()) % len(self.transitions)]
+
+    def next(self, index):
+        """Indices of the rows one step later in the same environments."""
+        return (index + self.num_envs) % len(self.transitions)
+
+    def a_prev(self, index):
+        """Actions one step before the rows `index`; zeros at the start of an episode."""
+        return self.action[index - self.num_envs] * ~self.first[index].unsqueeze(-1)
+
+    def state_dict(self):
+        n = self.written * self.num_envs
+        state = {k: v[:n].clone() for k, v in vars(self).items() if torch.is_tensor(v)}
+        return state | dict(counters=self.counters, links=torch.from_numpy(self.links))
+
+    def load_state_dict(self, state):
+        if len(state["links"]) != self.slots:
+            raise ValueError(f"the saved buffer has {len(state['links'])} slots, not {self.slots}")
+        self.head, self.size, self.cursor, self.written = state["counters"].tolist()
+        self.links[:] = state.pop("links").numpy()
+        for name, value in state.items():
+            getattr(self, name)[: len(value)] = value
+
+
+class Sequences(NamedTuple):
+    """B sequences of L + 1 rows, and the N transitions among them that have a loss."""
+
+    all_obs: torch.Tensor  # [L + 1, B, O]
+    all_a_prev: torch.Tensor  # [L + 1, B, A]
+    z: torch.Tensor  # [B, Z], before the first row
+    burn_in: tuple | None  # obs, z and a_prev of the rows before, and which sequences have them
+    row: torch.Tensor  # [N], place of the transitions in their sequences
+    column: torch.Tensor  # [N], their sequences
+    weight: torch.Tensor  # [N], sums to 1; 0 where a sequence outlasts its episode
+    obs: torch.Tensor  # [N, O]
+    state: torch.Tensor  # [N, S] or [N, S + H], what the critic sees
+    a_prev: torch.Tensor  # [N, A]
+    action: torch.Tensor  # [N, A]
+    reward: torch.Tensor  # [N]
+    terminated: torch.Tensor  # [N], bool
+    next_obs: torch.Tensor  # [N, O]
+    next_state: torch.Tensor  # [N, S] or [N, S + H]
+
+
+class SequenceBuffer(RowBuffer):
+    def sample(self, batch_size, length, loss_on, burn_in, initial_state):
+        """Sequences that end with a transition drawn uniformly, or begin with its episode."""
+        n, cursor, written = self.num_envs, self.counters[2], self.counters[3]
+        t = self.draw(batch_size if loss_on == "last" else max(1, batch_size // length))
+        steps = torch.arange(length + burn_in + 1, device=self.device).unsqueeze(-1)
+
+        # how many rows the episode has before t, of those asked for and still in the ring
+        age = (cursor - 1 - t // n) % self.slots
+        first = self.first[(t - steps[:-2] * n) % len(self.first)]
+        same = (first.cumsum(0) == 0) & (steps[1:-1] < written.clamp(max=self.slots - 1) - age)
+        available = same.sum(0)
+        depth = available.clamp(max=length - 1)
+        start = (t - depth * n) % len(self.first)
+        rows = (start + steps[: length + 1] * n) % len(self.first)
+
+        column = torch.arange(len(t), device=self.device)
+        if loss_on == "last":
+            row, weight = depth, torch.full_like(depth, 1 / len(t), dtype=torch.float32)
+        else:
+            # up to the end of the episode, or to the newest row
+            valid = (self.first[rows[1:]].cumsum(0) == 0) & (steps[:length] - depth < age)
+            row = steps[:length].expand_as(valid).flatten()
+            column = column.expand_as(valid).flatten()
+            weight = valid.flatten() / valid.sum()
+        at, after = rows[row, column], rows[row + 1, column]
+
+        z_scale, warm = float(initial_state == "stored"), None
+        if burn_in > 0:
+            before = (start + (steps[:burn_in] - burn_in) * n) % len(self.first)
+            has_them = (available - depth >= burn_in).unsqueeze(-1)
+            warm = self.obs[before], z_scale * self.z[before[0]], self.a_prev(before), has_them
+        return Sequences(
+            self.obs[rows], self.a_prev(rows), z_scale * self.z[start], warm, row, column, weight,
+            self.obs[at], self.critic_obs[at], self.a_prev(at), self.action[at], self.reward[at],
+            self.terminated[at], self.obs[after], self.critic_obs[after],
+        )  # fmt: skip
+
+
+def bptt_critic_loss(actor, critic, target_critic, batch, next_h, alpha, gamma):
+    """sum_i E[(Q_i(s, a, a_prev) - y)^2]; also Q_1, Q_2 [2, N].
+
+    y = r + gamma (1 - d) [min_i Q'_i(s', a'', a) - alpha log pi(a'' | o', h')]. It bootstraps
+    through time limits, as d is `terminated`; the action just taken is the next a_prev.
+    """
+    with torch.no_grad():
+        a, log_pi = actor.sample(batch.next_obs, next_h)
+        next_q = target_critic(batch.next_state, a, batch.action).amin(0)
+        next_v = next_q - alpha * log_pi
+        target = batch.reward + gamma * ~batch.terminated * next_v
+    q = critic(batch.state, batch.action, batch.a_prev)
+    return (batch.weight * (q - target).square()).sum(), q.detach()
+
+
+def bptt_actor_loss(actor, critic, batch, h, alpha):
+    """E[alpha log pi(a~ | o, h) - min_i Q_i(s, a~, a_prev)]; also the entropy of pi, detached."""
+    a, log_pi = actor.sample(batch.obs, h)
+    q = critic(batch.state, a, batch.a_prev).amin(0)
+    loss = (batch.weight * (alpha * log_pi - q)).sum()
+    return loss, -(batch.weight * log_pi).sum().detach()
+
+
+def temperature_loss(log_alpha, entropy, target_entropy):
+    """alpha (entropy - target_entropy): alpha falls while the entropy is above its target."""
+    return log_alpha.exp() * (entropy - target_entropy)
+
+
+class BPTTSAC:
+    """Networks, temperature and optimisers, and the update that trains them."""
+
+    def __init__(self, args, obs_dim, critic_dim, action_dim, privileged, device):
+        self.args, self.action_dim = args, action_dim
+        # without more than the policy's observation the critic's input is Markov only with h
+        self.critic_sees_h = args.critic_sees_h or not privileged
+        actor = RecurrentActor(obs_dim, action_dim, args.state_dim, args.rnn)
+        self.actor, self.z_dim = actor.to(device), actor.z_dim
+        inputs = critic_dim + args.state_dim * self.critic_sees_h + action_dim + action_dim
+        self.critic = TwinCritic(inputs).to(device)
+        self.target_critic = TwinCritic(inputs).to(device).requires_grad_(False)
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.log_alpha = torch.tensor(math.log(args.alpha), device=device, requires_grad=True)
+
+        adam = functools.partial(torch.optim.Adam, fused=True)
+        self.actor_optimizer = adam(self.actor.parameters(), args.actor_lr)
+        self.critic_optimizer = adam(self.critic.parameters(), args.critic_lr)
+        self.alpha_optimizer = adam([self.log_alpha], args.alpha_lr)
+        critic_dim = critic_dim if privileged else None
+        self.make_buffer = lambda: SequenceBuffer(
+            args.buffer_size, args.num_envs, obs_dim, critic_dim, self.z_dim, action_dim, device
+        )
+
+    def remember(self, batch):
+        """h and h' [N, H] at the transitions of the batch and one row later."""
+        z = batch.z
+        if batch.burn_in is not None:
+            *rows, has_them = batch.burn_in
+            with torch.no_grad():
+                z = torch.where(has_them, self.actor.remember(*rows)[1], z)
+        h, _ = self.actor.remember(batch.all_obs, z, batch.all_a_prev)
+        return h[batch.row, batch.column], h[batch.row + 1, batch.column].detach()
+
+    def update(self, buffer):
+        """One gradient step of everything; returns what to log, as tensors on the device."""
+        args = self.args
+        alpha = self.log_alpha.detach().exp()
+        batch = buffer.sample(
+            args.batch_size, args.sequence_length, args.loss_on, args.burn_in, args.initial_state
+        )
+        # the critic's step leaves the actor as it is, so both losses share one pass through time
+        h, next_h = self.remember(batch)
+        if self.critic_sees_h:
+            batch = batch._replace(
+                state=torch.cat([batch.state, h.detach()], -1),
+                next_state=torch.cat([batch.next_state, next_h], -1),
+            )
+
+        qf_loss, q = bptt_critic_loss(
+            self.actor, self.critic, self.target_critic, batch, next_h, alpha, args.gamma
+        )
+        descend(self.critic_optimizer, qf_loss)
+
+        pi_loss, entropy = bptt_actor_loss(self.actor, self.critic, batch, h, alpha)
+        descend(self.actor_optimizer, pi_loss)
+
+        alpha_loss = temperature_loss(self.log_alpha, entropy, -self.action_dim)
+        descend(self.alpha_optimizer, alpha_loss)
+
+        # theta' <- theta' + tau (theta - theta')
+        torch._foreach_lerp_(
+            list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau
+        )
+
+        losses = dict(
+            qf1_values=q[0].mean(), qf2_values=q[1].mean(), qf_loss=qf_loss, actor_loss=pi_loss,
+            alpha=alpha, alpha_loss=alpha_loss, entropy=entropy,
+        )  # fmt: skip
+        return {f"losses/{name}": value.detach() for name, value in losses.items()}
+
+
+def descend(optimizer, loss):
+    """One step of `optimizer`; gradients are computed for its own parameters only."""
+    optimizer.zero_grad()
+    loss.backward(inputs=optimizer.param_groups[0]["params"])
+    optimizer.step()
+
+
+def make_env(args, num_envs, video_folder=None):
+    """A vector environment: observations `Dict(policy, critic)`, actions in [-1, 1].
+
+    Replace `envs.make` by an environment of your own, or register it and name it in --env-id.
+    """
+
+    def make_one(index):
+        film = video_folder is not None and index == 0
+        env = envs.make(
+            args.env_id, hide=args.hide, random_bodies=args.random_bodies, wind=args.wind,
+            privileged_critic=args.privileged_critic, render_mode="rgb_array" if film else None,
+            **args.env_kwargs,
+        )  # fmt: skip
+        if film:
+            try:
+                env.reset(seed=args.seed)
+                env.render()
+                env = gym.wrappers.RecordVideo(env, video_folder, disable_logger=True)
+            except Exception as error:  # graphics drivers raise what they like
+                raise ValueError(
+                    f"cannot record video: {error} (without a screen, MUJOCO_GL=egl may help)"
+                ) from error
+        return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), -1.0, 1.0)
+
+    makers = [functools.partial(make_one, index) for index in range(num_envs)]
+    return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+
+
+def dimensions(env):
+    """Sizes of the policy's observation, the critic's and the action; does the critic see more?"""
+    space = env.single_observation_space
+    sizes = space["policy"].shape[0], space["critic"].shape[0], env.single_action_space.shape[0]
+    return *sizes, env.get_attr("critic_sees_more")[0]
+
+
+def evaluate(actor, env, episodes, deterministic, seed):
+    """Play `episodes` episodes, an equal share in each environment; returns a list of them.
+
+    An episode of T steps is a dict of arrays: `observations` (the policy's) and
+    `critic_observations` [T + 1, .], `actions` [T, A] in the environment's own units, `rewards`,
+    `terminations` and `truncations` [T]. The random numbers of training go on as if never used.
+    """
+    device, n = next(actor.parameters()).device, env.num_envs
+    space = env.get_attr("unwrapped")[0].action_space
+    shares = [len(range(i, episodes, n)) for i in range(n)]
+    rows, played = [[] for _ in range(n)], [[] for _ in range(n)]
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        obs, _ = env.reset(seed=seed)
+        z = torch.zeros(n, actor.z_dim, device=device)
+        a_prev = torch.zeros(n, actor.action_dim, device=device)
+        final = np.zeros(n, dtype=bool)  # rows that hold the last observation of an episode
+        while any(len(p) < share for p, share in zip(played, shares)):
+            policy_obs = torch.as_tensor(obs["policy"], device=device)
+            action, z = actor.act(policy_obs, z, a_prev, deterministic)
+            a = action.cpu().numpy()
+            next_obs, reward, terminated, truncated, _ = env.step(a)
+            a = space.low + 0.5 * (a + 1) * (space.high - space.low)
+            columns = obs["policy"], obs["critic"], a, reward, terminated, truncated
+            for i, row in enumerate(zip(*columns)):
+                rows[i].append(row)
+                if final[i]:
+                    played[i].append([np.array(column) for column in zip(*rows[i])])
+                    rows[i] = []
+            keep = torch.as_tensor(~final, device=device).unsqueeze(-1)
+            z, a_prev = z * keep, action * keep
+            obs, final = next_obs, terminated | truncated
+    names = "actions", "rewards", "terminations", "truncations"
+    return [
+        dict(observations=o, critic_observations=s) | {k: v[:-1] for k, v in zip(names, rest)}
+        for p, share in zip(played, shares)
+        for o, s, *rest in p[:share]
+    ]
+
+
+def check_finite(tensors):
+    """FloatingPointError that names the first of `tensors` (a dict) with a NaN or an infinity."""
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(f"{name} is not finite")
+
+
+def save_checkpoint(run_dir, agent, state):
+    """Write RUN/checkpoint.pt whole or not at all, so that a kill leaves the last good one."""
+    check_finite(dict(agent.actor.named_parameters()) | dict(agent.critic.named_parameters()))
+    path = os.path.join(run_dir, "checkpoint.pt")
+    parts = {k: v.state_dict() for k, v in vars(agent).items() if hasattr(v, "state_dict")}
+    tensors = {k: v.detach() for k, v in vars(agent).items() if torch.is_tensor(v)}
+    agent_state = dict(algorithm=type(agent).__name__, parts=parts, tensors=tensors)
+    torch.save(agent_state | state, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def load_checkpoint(run_dir, agent):
+    """Load RUN/checkpoint.pt into `agent`; returns all of it. ValueError where it does not fit."""
+    path = os.path.join(run_dir, "checkpoint.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{run_dir} holds no checkpoint.pt") from None
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged, or no checkpoint") from error
+    if not isinstance(state, dict) or state.get("algorithm") != type(agent).__name__:
+        raise ValueError(f"{path} is no checkpoint of {type(agent).__name__}")
+    try:
+        for name, part in state["parts"].items():
+            getattr(agent, name).load_state_dict(part)
+        for name, tensor in state["tensors"].items():
+            getattr(agent, name).data.copy_(tensor)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} does not fit the options: {error}") from error
+    return state
+
+
+def passed(every, last_step, step):
+    """Whether a multiple of `every` lies in (last_step, step]; never if `every` is 0."""
+    return every > 0 and step // every > last_step // every
+
+
+def train(args):
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}"
+    run_dir = args.resume or os.path.join("runs", re.sub(r"[^\w.-]", "_", name))
+
+    env = make_env(args, args.num_envs, f"{run_dir}/videos" if args.capture_video else None)
+    eval_env = make_env(args, min(args.eval_episodes, 8))
+    agent = BPTTSAC(args, *dimensions(env), device)
+    buffer = agent.make_buffer()
+    global_step = 0
+    if args.resume:
+        state = load_checkpoint(run_dir, agent)
+        global_step = state["global_step"]
+        if global_step >= args.total_timesteps:
+            raise ValueError(f"{run_dir} has done {global_step} steps; raise --total-timesteps")
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        if "buffer" in state:
+            buffer.load_state_dict(state["buffer"])
+    os.makedirs(run_dir, exist_ok=True)
+    with open(os.path.join(run_dir, "args.json"), "w") as file:
+        json.dump(vars(args) | dict(resume=None), file, indent=2)
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
+            name=os.path.basename(run_dir), sync_tensorboard=True, save_code=True,
+        )  # fmt: skip
+
+    def stop(signum, frame):
+        stop_signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)  # the second one does not wait
+
+    stop_signals = []
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    start_step, start_time, updates_due, metrics = global_step, time.time(), 0.0, {}
+    returns, finished = collections.deque(maxlen=10), False
+    obs, _ = env.reset(seed=args.seed + global_step)  # a resumed run goes on with new episodes
+    z = torch.zeros(args.num_envs, agent.z_dim, device=device)
+    a_prev = torch.zeros(args.num_envs, agent.action_dim, device=device)
+    first = np.ones(args.num_envs, dtype=bool)  # rows that begin an episode
+    final = np.zeros(args.num_envs, dtype=bool)  # rows that hold its last observation
+    writer = SummaryWriter(run_dir, purge_step=global_step or None)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
+    with writer, bar:
+        while not finished and not stop_signals:
+            policy_obs = torch.as_tensor(obs["policy"], device=device)
+            with torch.no_grad():
+                action, z_next = agent.actor.act(policy_obs, z, a_prev)
+            if global_step < args.learning_starts:
+                action = 2 * torch.rand_like(action) - 1
+            next_obs, reward, terminated, truncated, info = env.step(action.cpu().numpy())
+            buffer.add(policy_obs, obs["critic"], z, action, reward, terminated, first)
+
+            # a final row is no step: the environment ignores its action and begins anew ...
+            last_step, env_step = global_step, global_step + np.cumsum(~final)
+            global_step = int(env_step[-1])
+            bar.update(global_step - last_step)
+            for i in np.flatnonzero(info.get("_episode", [])):
+                returns.append(info["episode"]["r"][i])
+                writer.add_scalar("charts/episodic_return", info["episode"]["r"][i], env_step[i])
+                writer.add_scalar("charts/episodic_length", info["episode"]["l"][i], env_step[i])
+                bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
+            # ... and so does the memory
+            keep = torch.as_tensor(~final, device=device).unsqueeze(-1)
+            z, a_prev = z_next * keep, action * keep
+            obs, first, final = next_obs, final, terminated | truncated
+
+            if buffer.size >= args.learning_starts:
+                updates_due += args.utd * (global_step - last_step)
+                while updates_due >= 1:
+                    metrics = agent.update(buffer)
+                    updates_due -= 1
+
+            finished = global_step >= args.total_timesteps
+            if passed(100, last_step, global_step):
+                check_finite(metrics)
+                for name, value in metrics.items():
+                    writer.add_scalar(name, value, global_step)
+                sps = (global_step - start_step) / (time.time() - start_time)
+                writer.add_scalar("charts/SPS", sps, global_step)
+            if finished or passed(args.eval_frequency, last_step, global_step):
+                for mode in ("deterministic", "stochastic"):
+                    episodes = evaluate(
+                        agent.actor, eval_env, args.eval_episodes, mode == "deterministic", seed=0
+                    )
+                    mean_return = np.mean([episode["rewards"].sum() for episode in episodes])
+                    writer.add_scalar(f"eval/return_{mode}", mean_return, global_step)
+            save = finished or passed(args.checkpoint_frequency, last_step, global_step)
+            if save or stop_signals:
+                state = dict(global_step=global_step, rng=torch.get_rng_state())
+                if device.type == "cuda":
+                    state["cuda_rng"] = torch.cuda.get_rng_state(device)
+                if args.save_buffer:
+                    state["buffer"] = buffer.state_dict()
+                check_finite(metrics)
+                save_checkpoint(run_dir, agent, state)
+    env.close()
+    eval_env.close()
+    if stop_signals:
+        print(f"stopped at step {global_step}; go on with --resume {run_dir}")
+        sys.exit(128 + stop_signals[0])
+    print(f"{run_dir}: return {mean_return:.1f} ({mode}) at step {global_step}")
+
+
+def replay(args):
+    """Evaluate a trained policy: print its returns, record videos and demonstrations."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    for mode in ("deterministic", "stochastic"):
+        record = mode == "deterministic"
+        video_folder = f"{args.evaluate}/videos" if args.capture_video and record else None
+        env = make_env(args, min(args.eval_episodes, 8), video_folder)
+        agent = BPTTSAC(args, *dimensions(env), device)
+        load_checkpoint(args.evaluate, agent)
+        episodes = evaluate(agent.actor, env, args.eval_episodes, record, args.seed)
+        env.close()
+        returns = [episode["rewards"].sum() for episode in episodes]
+        length = np.mean([len(episode["rewards"]) for episode in episodes])
+        print(
+            f"{mode}: return {np.mean(returns):.1f} +- {np.std(returns):.1f}, length {length:.0f}, "
+            f"{len(episodes)} episodes"
+        )
+        if args.save_demonstrations and record:
+            arrays = {k: np.concatenate([episode[k] for episode in episodes]) for k in episodes[0]}
+            made_by = json.dumps(vars(args) | dict(returns=returns))
+            with open(args.save_demonstrations + ".tmp", "wb") as file:
+                np.savez_compressed(file, **arrays, env_id=args.env_id, made_by=made_by)
+            os.replace(args.save_demonstrations + ".tmp", args.save_demonstrations)
+
+
+def parse_args():
+    """The command line, over the options of the run or what the task wants, over the defaults."""
+    args = tyro.cli(Args, description=__doc__)
+    run_dir = args.resume or args.evaluate
+    if run_dir is None:
+        task = args.env_id.split(":")[-1].split("-")[0]
+        return tyro.cli(Args, description=__doc__, default=Args(**TUNED.get(task, {})))
+    path = os.path.join(run_dir, "args.json")
+    try:
+        with open(path) as file:
+            defaults = Args(**json.load(file))
+    except FileNotFoundError:
+        raise ValueError(f"{run_dir} is no run: it holds no args.json") from None
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or another script's ({error})") from None
+    return tyro.cli(Args, description=__doc__, default=defaults)
+
+
+def check_args(args):
+    """ValueError for an option that is out of range, or makes no sense beside another."""
+    inf = math.inf
+    limits = dict(
+        seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf), state_dim=(1, inf),
+        buffer_size=(4 * args.num_envs, inf), gamma=(0, 1), tau=(0, 1), batch_size=(1, inf),
+        learning_starts=(1, args.buffer_size - 3 * args.num_envs), utd=(0, inf),
+        actor_lr=(0, inf), critic_lr=(0, inf), alpha=(1e-9, inf), alpha_lr=(0, inf),
+        sequence_length=(1, inf), burn_in=(0, inf), checkpoint_frequency=(1, inf),
+        eval_frequency=(0, inf), eval_episodes=(1, inf), num_threads=(1, inf),
+    )  # fmt: skip
+    for name, (low, high) in limits.items():
+        if not low <= getattr(args, name) <= high:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is {getattr(args, name)}; it must be in [{low}, {high}]")
+    if args.resume and args.evaluate:
+        raise ValueError("--resume and --evaluate exclude each other")
+    path = args.save_demonstrations
+    if path and not (args.evaluate and path.endswith(".npz")):
+        raise ValueError("--save-demonstrations takes a FILE.npz, and --evaluate RUN beside it")
+
+
+def main():
+    """Bad input, unusable files and losses that blow up end in one sentence and exit status 1."""
+    try:
+        args = parse_args()
+        check_args(args)
+        torch.set_num_threads(args.num_threads)
+        torch.set_float32_matmul_precision(args.matmul_precision)
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        replay(args) if args.evaluate else train(args)
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+        sys.exit(f"{os.path.basename(__file__)}: {error}")
+
+
+if __name__ == "__main__":
+    main()

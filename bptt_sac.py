@@ -171,17 +171,17 @@ class RecurrentActor(nn.Module):
         super().__init__()
         self.action_dim, self.rnn = action_dim, rnn
         self.z_dim = 2 * state_dim if rnn == "lstm" else state_dim
-        self.encode_obs = nn.Linear(obs_dim, 256)
-        self.encode_action = nn.Linear(action_dim, 256)
+        self.policy_obs = nn.Linear(obs_dim, 256)
+        self.memory_obs = nn.Linear(obs_dim, 256)
+        self.memory_action = nn.Linear(action_dim, 256)
         layers = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
         self.layer = layers[rnn](512, state_dim)
-        self.policy_obs = nn.Linear(obs_dim, 256)
         self.policy_hidden = nn.Linear(256 + state_dim, 256)
         self.policy_head = nn.Linear(256, 2 * action_dim)
 
     def remember(self, obs, z, a_prev):
-        """h [T, B, H] and the last z' [B, Z] of sequences `obs`, `a_prev` [T, B, .] that follow z."""
-        e = torch.cat([F.relu(self.encode_obs(obs)), F.relu(self.encode_action(a_prev))], -1)
+        """h [T, B, H] and the last z' [B, Z] of rows `obs`, `a_prev` [T, B, .] that follow z."""
+        e = torch.relu_(torch.cat([self.memory_obs(obs), self.memory_action(a_prev)], -1))
         if self.rnn == "lstm":
             h, tanh_c = z.unsqueeze(0).chunk(2, -1)
             outputs, (h, c) = self.layer(e, (h.contiguous(), atanh(tanh_c)))
@@ -191,8 +191,8 @@ class RecurrentActor(nn.Module):
 
     def forward(self, obs, h):
         """Mean and log std of a before the tanh, both [B, A]."""
-        h = torch.cat([F.relu(self.policy_obs(obs)), h], -1)
-        mean, log_std = self.policy_head(F.relu(self.policy_hidden(h))).chunk(2, -1)
+        h = torch.cat([torch.relu_(self.policy_obs(obs)), h], -1)
+        mean, log_std = self.policy_head(torch.relu_(self.policy_hidden(h))).chunk(2, -1)
         return mean, bounded_log_std(log_std)
 
     def sample(self, obs, h):
@@ -215,7 +215,7 @@ def bounded_log_std(x):
 
 def atanh(x):
     """Inverse of tanh, finite where float32 has rounded a tanh to -1 or 1."""
-    return torch.atanh(x.clamp(-1 + 1e-6, 1 - 1e-6))
+    return torch.atanh((1 - 1e-6) * x)
 
 
 def squashed_gaussian(mean, log_std):
@@ -246,7 +246,8 @@ class TwinCritic(nn.Module):
     def __init__(self, inputs):
         super().__init__()
         layers = BatchedLinear(2, inputs, 256), BatchedLinear(2, 256, 256), BatchedLinear(2, 256, 1)
-        self.net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+        relu = nn.ReLU(inplace=True)
+        self.net = nn.Sequential(layers[0], relu, layers[1], relu, layers[2])
 
     def forward(self, *inputs):
         return self.net(torch.cat(inputs, -1).expand(2, -1, -1)).squeeze(-1)
@@ -440,10 +441,14 @@ class BPTTSAC:
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.log_alpha = torch.tensor(math.log(args.alpha), device=device, requires_grad=True)
 
-        adam = functools.partial(torch.optim.Adam, fused=True)
-        self.actor_optimizer = adam(self.actor.parameters(), args.actor_lr)
-        self.critic_optimizer = adam(self.critic.parameters(), args.critic_lr)
-        self.alpha_optimizer = adam([self.log_alpha], args.alpha_lr)
+        self.critic_optimizer = torch.optim.Adam(
+            self.critic.parameters(), lr=args.critic_lr, fused=True
+        )
+        parts = [
+            dict(params=list(self.actor.parameters()), lr=args.actor_lr),
+            dict(params=[self.log_alpha], lr=args.alpha_lr),
+        ]
+        self.actor_optimizer = torch.optim.Adam(parts, fused=True)
         critic_dim = critic_dim if privileged else None
         self.make_buffer = lambda: SequenceBuffer(
             args.buffer_size, args.num_envs, obs_dim, critic_dim, self.z_dim, action_dim, device
@@ -480,10 +485,9 @@ class BPTTSAC:
         descend(self.critic_optimizer, qf_loss)
 
         pi_loss, entropy = bptt_actor_loss(self.actor, self.critic, batch, h, alpha)
-        descend(self.actor_optimizer, pi_loss)
-
         alpha_loss = temperature_loss(self.log_alpha, entropy, -self.action_dim)
-        descend(self.alpha_optimizer, alpha_loss)
+        # the two share no parameter, so one step is a step of each
+        descend(self.actor_optimizer, pi_loss + alpha_loss)
 
         # theta' <- theta' + tau (theta - theta')
         torch._foreach_lerp_(
@@ -499,8 +503,8 @@ class BPTTSAC:
 
 def descend(optimizer, loss):
     """One step of `optimizer`; gradients are computed for its own parameters only."""
-    optimizer.zero_grad()
-    loss.backward(inputs=optimizer.param_groups[0]["params"])
+    optimizer.zero_grad(set_to_none=False)  # gradients that stay put do not fragment the heap
+    loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
     optimizer.step()
 
 
@@ -526,7 +530,8 @@ def make_env(args, num_envs, video_folder=None):
                 raise ValueError(
                     f"cannot record video: {error} (without a screen, MUJOCO_GL=egl may help)"
                 ) from error
-        return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), -1.0, 1.0)
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+        return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
     makers = [functools.partial(make_one, index) for index in range(num_envs)]
     return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)

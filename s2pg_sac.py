@@ -177,12 +177,12 @@ class StochasticStatefulActor(nn.Module):
         super().__init__()
         self.action_dim, self.state_dim, self.rnn, self.kernel = action_dim, state_dim, rnn, kernel
         self.z_dim = 2 * state_dim if rnn == "lstm" else state_dim
+        self.policy_obs = nn.Linear(obs_dim, 256)
         if state_dim > 0:
-            self.encode_obs = nn.Linear(obs_dim, 256)
-            self.encode_action = nn.Linear(action_dim, 256)
+            self.kernel_obs = nn.Linear(obs_dim, 256)
+            self.kernel_action = nn.Linear(action_dim, 256)
             cells = {"gru": nn.GRUCell, "lstm": nn.LSTMCell, "rnn": nn.RNNCell}
             self.cell = cells[rnn](512, state_dim)
-        self.policy_obs = nn.Linear(obs_dim, 256)
         self.policy_hidden = nn.Linear(256 + state_dim, 256)
         self.policy_head = nn.Linear(256, 2 * action_dim + self.z_dim)
 
@@ -190,7 +190,7 @@ class StochasticStatefulActor(nn.Module):
         """g [B, Z]: the internal state after `obs`, without noise."""
         if self.state_dim == 0:
             return z
-        e = torch.cat([F.relu(self.encode_obs(obs)), F.relu(self.encode_action(a_prev))], -1)
+        e = torch.relu_(torch.cat([self.kernel_obs(obs), self.kernel_action(a_prev)], -1))
         if self.rnn == "lstm":
             h, tanh_c = z.chunk(2, -1)
             h, c = self.cell(e, (h, atanh(tanh_c)))
@@ -200,8 +200,8 @@ class StochasticStatefulActor(nn.Module):
     def forward(self, obs, z, a_prev):
         """Mean and log std of (a, z') before the tanh, both [B, A + Z]."""
         g = self.next_state(obs, z, a_prev)
-        h = torch.cat([F.relu(self.policy_obs(obs)), g[..., : self.state_dim]], -1)
-        head = self.policy_head(F.relu(self.policy_hidden(h)))
+        h = torch.cat([torch.relu_(self.policy_obs(obs)), g[..., : self.state_dim]], -1)
+        head = self.policy_head(torch.relu_(self.policy_hidden(h)))
         mean_a, log_std = head.split([self.action_dim, self.action_dim + self.z_dim], -1)
         mean_z = atanh(g) if self.kernel == "atanh" else g
         return torch.cat([mean_a, mean_z], -1), bounded_log_std(log_std)
@@ -227,7 +227,7 @@ def bounded_log_std(x):
 
 def atanh(x):
     """Inverse of tanh, finite where float32 has rounded a tanh to -1 or 1."""
-    return torch.atanh(x.clamp(-1 + 1e-6, 1 - 1e-6))
+    return torch.atanh((1 - 1e-6) * x)
 
 
 def squashed_gaussian(mean, log_std):
@@ -258,7 +258,8 @@ class TwinCritic(nn.Module):
     def __init__(self, inputs):
         super().__init__()
         layers = BatchedLinear(2, inputs, 256), BatchedLinear(2, 256, 256), BatchedLinear(2, 256, 1)
-        self.net = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+        relu = nn.ReLU(inplace=True)
+        self.net = nn.Sequential(layers[0], relu, layers[1], relu, layers[2])
 
     def forward(self, *inputs):
         return self.net(torch.cat(inputs, -1).expand(2, -1, -1)).squeeze(-1)
@@ -438,11 +439,15 @@ class S2PGSAC:
         self.log_alpha = torch.tensor(math.log(args.alpha), device=device, requires_grad=True)
         self.log_alpha_z = torch.tensor(math.log(args.alpha_z), device=device, requires_grad=True)
 
-        adam = functools.partial(torch.optim.Adam, fused=True)
-        self.actor_optimizer = adam(self.actor.parameters(), args.actor_lr)
-        self.critic_optimizer = adam(self.critic.parameters(), args.critic_lr)
-        self.alpha_optimizer = adam([self.log_alpha], args.alpha_lr)
-        self.alpha_z_optimizer = adam([self.log_alpha_z], args.alpha_z_lr)
+        self.critic_optimizer = torch.optim.Adam(
+            self.critic.parameters(), lr=args.critic_lr, fused=True
+        )
+        parts = [
+            dict(params=list(self.actor.parameters()), lr=args.actor_lr),
+            dict(params=[self.log_alpha], lr=args.alpha_lr),
+            dict(params=[self.log_alpha_z], lr=args.alpha_z_lr),
+        ]
+        self.actor_optimizer = torch.optim.Adam(parts, fused=True)
         critic_dim = critic_dim if privileged else None
         self.make_buffer = lambda: TransitionBuffer(
             args.buffer_size, args.num_envs, obs_dim, critic_dim, self.z_dim, action_dim, device
@@ -462,12 +467,10 @@ class S2PGSAC:
         pi_loss, z_next, entropy, entropy_z = soft_actor_loss(
             self.actor, self.critic, batch, alpha, alpha_z
         )
-        descend(self.actor_optimizer, pi_loss)
-
         alpha_loss = temperature_loss(self.log_alpha, entropy, -self.action_dim)
-        descend(self.alpha_optimizer, alpha_loss)
         alpha_z_loss = temperature_loss(self.log_alpha_z, entropy_z, -self.z_dim)
-        descend(self.alpha_z_optimizer, alpha_z_loss)
+        # the three share no parameter, so one step is a step of each
+        descend(self.actor_optimizer, pi_loss + alpha_loss + alpha_z_loss)
 
         # theta' <- theta' + tau (theta - theta')
         torch._foreach_lerp_(
@@ -486,8 +489,8 @@ class S2PGSAC:
 
 def descend(optimizer, loss):
     """One step of `optimizer`; gradients are computed for its own parameters only."""
-    optimizer.zero_grad()
-    loss.backward(inputs=optimizer.param_groups[0]["params"])
+    optimizer.zero_grad(set_to_none=False)  # gradients that stay put do not fragment the heap
+    loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
     optimizer.step()
 
 
@@ -513,7 +516,8 @@ def make_env(args, num_envs, video_folder=None):
                 raise ValueError(
                     f"cannot record video: {error} (without a screen, MUJOCO_GL=egl may help)"
                 ) from error
-        return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), -1.0, 1.0)
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+        return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
     makers = [functools.partial(make_one, index) for index in range(num_envs)]
     return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)

@@ -80,7 +80,7 @@ def make(
         raise ValueError(f"{env_id!r} cannot be made: {error}") from error
 
     modes = env.metadata.get("render_modes", [])
-    if render_mode not in {None, "human", *modes, *(f"{mode}_list" for mode in modes)}:
+    if render_mode not in {None, *modes, *(f"{mode}_list" for mode in modes)}:
         raise ValueError(f"{env_id!r} cannot be rendered as {render_mode!r}, but as {modes}.")
 
     action_space = env.action_space

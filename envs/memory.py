@@ -60,13 +60,16 @@ class CueRecall(gym.Env):
         reward = 1 - abs(self.guess - self.cue)
         # The end is a termination: the policy sees the time, so it is a state of a task with a
         # finite horizon, whose value after the last step is zero, and not a cut in a longer one.
-        return (
-            observation([0, time], [self.cue, time]),
-            reward,
-            self.time == self.horizon,
-            False,
-            {},
-        )
+        terminated = self.time == self.horizon
+        return observation([0, time], [self.cue, time]), reward, terminated, False, {}
+
+    def render(self) -> np.ndarray:
+        """Draw cue (green, above) and last guess (red) from -1 to 1: (300, 300, 3) uint8."""
+        value = np.linspace(-1, 1, 300)
+        image = np.full((300, 300, 3), 255, np.uint8)
+        image[:150, np.abs(value - self.cue) < 0.05] = GREEN
+        image[150:, np.abs(value - self.guess) < 0.05] = RED
+        return image
 
 
 class PointMassMemory(gym.Env):
@@ -98,7 +101,7 @@ class PointMassMemory(gym.Env):
         self.observation_space = spaces.Dict(policy=box, critic=box)
 
     def draw_episode(self):
-        """Set `start` and `goal`, (2,), `cue`, (cues,), and `doors`, the walls' (y, left, right)."""
+        """Set `start` and `goal`, (2,), `cue`, (cues,), and `doors`, (y, left, right) each."""
         start_x, goal_x = self.np_random.choice([25.0, 57.0, 88.0, 120.0], size=2)
         self.start, self.goal = np.array([start_x, 15.0]), np.array([goal_x, 130.0])
         self.cue = np.array([goal_x])

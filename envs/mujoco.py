@@ -110,7 +110,8 @@ class RandomBodies(gym.Wrapper, RecordConstructorArgs):
     DELTAS = (0.0, -0.3, 0.3)
 
     # All that the compiler derives from the size of a geom and from the mass of a body, except for
-    # what mj_setConst computes. The prefix says by what the rows are counted.
+    # what mj_setConst computes (MuJoCo 4 computes the bounds there as well, MuJoCo 3 does not). The
+    # prefix says by what the rows are counted.
     FIELDS = (
         "body_mass",
         "body_inertia",
@@ -120,12 +121,9 @@ class RandomBodies(gym.Wrapper, RecordConstructorArgs):
         "geom_size",
         "geom_rbound",
         "geom_aabb",
-        "geom_pos",
-        "geom_quat",
         "geom_sameframe",
         "geom_fluid",
         "bvh_aabb",
-        "bvh_child",
         "bvh_nodeid",
     )
 
@@ -158,7 +156,7 @@ class RandomBodies(gym.Wrapper, RecordConstructorArgs):
     def scaled_model(self, delta: float) -> mujoco.MjModel:
         """Compile the model with every body but the world scaled by 1 + `delta`."""
         spec = mujoco.MjSpec.from_file(self.unwrapped.fullpath)
-        spec.compiler.settotalmass = -1  # off: the masses are set below
+        spec.compiler.settotalmass = -1  # off, and quiet: the masses are set below
         for body in spec.bodies[1:]:
             for geom in body.geoms:
                 geom.size[0] *= 1 + delta
@@ -175,12 +173,13 @@ class RandomBodies(gym.Wrapper, RecordConstructorArgs):
             self.rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
         model = self.unwrapped.model
         choice = self.rng.integers(len(self.DELTAS), size=model.nbody)
-        choice[0] = 0  # the world
+        # The first one is void: the world is the same in all models.
         self.deltas = np.take(self.DELTAS, choice[1:])
         for field, rows in self.rows.items():
             of_row = choice[self.body_of[field.split("_")[0]]]
             getattr(model, field)[:] = rows[of_row, np.arange(of_row.size)]
         mujoco.mj_setConst(model, mujoco.MjData(model))
+        model.stat.meaninertia = model.dof_M0.mean()  # the scale of the solver's tolerance
         observation, info = self.env.reset(seed=seed, options=options)
         return np.append(observation, self.deltas), info
 

@@ -426,7 +426,7 @@ class S2PGSAC:
     """Networks, temperatures and optimisers, and the update that trains them."""
 
     def __init__(self, args, obs_dim, critic_dim, action_dim, privileged, device):
-        self.args, self.action_dim = args, action_dim
+        self.args, self.device, self.action_dim = args, device, action_dim
         # without more than the policy's observation the critic's input is Markov only with z
         self.critic_sees_z = args.critic_sees_z or not privileged
         state_dim = 0 if args.memoryless else args.state_dim
@@ -448,10 +448,12 @@ class S2PGSAC:
             dict(params=[self.log_alpha_z], lr=args.alpha_z_lr),
         ]
         self.actor_optimizer = torch.optim.Adam(parts, fused=True)
-        critic_dim = critic_dim if privileged else None
-        self.make_buffer = lambda: TransitionBuffer(
-            args.buffer_size, args.num_envs, obs_dim, critic_dim, self.z_dim, action_dim, device
-        )
+        # where the critic sees what the policy sees, one copy of it will do
+        self.row_sizes = obs_dim, critic_dim if privileged else None, self.z_dim, action_dim
+
+    def make_buffer(self):
+        args = self.args
+        return TransitionBuffer(args.buffer_size, args.num_envs, *self.row_sizes, self.device)
 
     def update(self, buffer):
         """One gradient step of everything; returns what to log, as tensors on the device."""
@@ -600,12 +602,15 @@ def load_checkpoint(run_dir, agent):
     if not isinstance(state, dict) or state.get("algorithm") != type(agent).__name__:
         raise ValueError(f"{path} is no checkpoint of {type(agent).__name__}")
     try:
-        for name, part in state["parts"].items():
-            getattr(agent, name).load_state_dict(part)
+        for name, saved in state["parts"].items():
+            part = getattr(agent, name)
+            for i, group in enumerate(saved.get("param_groups", [])):
+                group["lr"] = part.param_groups[i]["lr"]  # the options may ask for another
+            part.load_state_dict(saved)
         for name, tensor in state["tensors"].items():
             getattr(agent, name).data.copy_(tensor)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} does not fit the options: {error}") from error
+        raise ValueError(f"{path} holds networks of other sizes than these options") from error
     return state
 
 
@@ -653,14 +658,14 @@ def train(args):
     stop_signals = []
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    start_step, start_time, updates_due, metrics = global_step, time.time(), 0.0, {}
-    returns, finished = collections.deque(maxlen=10), False
+    start_step, start_time, updates_due, finished = global_step, time.time(), 0.0, False
+    returns, metrics, result = collections.deque(maxlen=10), {}, {}
     obs, _ = env.reset(seed=args.seed + global_step)  # a resumed run goes on with new episodes
     z = torch.zeros(args.num_envs, agent.z_dim, device=device)
     a_prev = torch.zeros(args.num_envs, agent.action_dim, device=device)
     first = np.ones(args.num_envs, dtype=bool)  # rows that begin an episode
     final = np.zeros(args.num_envs, dtype=bool)  # rows that hold its last observation
-    writer = SummaryWriter(run_dir, purge_step=global_step or None)
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     with writer, bar:
         while not finished and not stop_signals:
@@ -669,7 +674,10 @@ def train(args):
                 action, z_next = agent.actor.act(policy_obs, z, a_prev)
             if global_step < args.learning_starts:
                 action = 2 * torch.rand_like(action) - 1
-            next_obs, reward, terminated, truncated, info = env.step(action.cpu().numpy())
+            a = action.cpu().numpy()
+            if not np.isfinite(a).all():
+                check_finite(metrics | {"the action": action})
+            next_obs, reward, terminated, truncated, info = env.step(a)
             buffer.add(policy_obs, obs["critic"], z, action, reward, terminated, first)
 
             # a final row is no step: the environment ignores its action and begins anew ...
@@ -704,8 +712,8 @@ def train(args):
                     episodes = evaluate(
                         agent.actor, eval_env, args.eval_episodes, mode == "deterministic", seed=0
                     )
-                    mean_return = np.mean([episode["rewards"].sum() for episode in episodes])
-                    writer.add_scalar(f"eval/return_{mode}", mean_return, global_step)
+                    result[mode] = np.mean([episode["rewards"].sum() for episode in episodes])
+                    writer.add_scalar(f"eval/return_{mode}", result[mode], global_step)
             save = finished or passed(args.checkpoint_frequency, last_step, global_step)
             if save or stop_signals:
                 state = dict(global_step=global_step, rng=torch.get_rng_state())
@@ -720,7 +728,8 @@ def train(args):
     if stop_signals:
         print(f"stopped at step {global_step}; go on with --resume {run_dir}")
         sys.exit(128 + stop_signals[0])
-    print(f"{run_dir}: return {mean_return:.1f} ({mode}) at step {global_step}")
+    result = ", ".join(f"{mode} {mean:.1f}" for mode, mean in result.items())
+    print(f"{run_dir}: return at step {global_step}: {result}")
 
 
 def replay(args):

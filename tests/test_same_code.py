@@ -1,0 +1,77 @@
+"""Scripts share text, not modules: what has one name is one text in all of them."""
+
+import ast
+import re
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
+
+# Names whose text may differ, each with the reason.
+MAY_DIFFER = {
+    "Args": "each algorithm has options of its own",
+    "TUNED": "and their values for a task",
+    "check_args": "and their ranges",
+}
+# Each script names its agent here and there; the text around it has to agree.
+AGENTS = r"\b(S2PGSAC|BPTTSAC)\b"
+
+
+def definitions(path):
+    """Text of every function, class and constant at the top level of a script."""
+    source = path.read_text()
+    texts = {}
+    for node in ast.parse(source).body:
+        text = re.sub(AGENTS, "AGENT", ast.get_source_segment(source, node))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            texts[node.name] = text
+        elif isinstance(node, ast.Assign):
+            texts[ast.unparse(node.targets[0])] = text
+    return texts
+
+
+@pytest.mark.parametrize("one, other", list(combinations(SCRIPTS, 2)), ids=lambda path: path.stem)
+def test_one_name_is_one_text(one, other):
+    first, second = definitions(one), definitions(other)
+    shared = (first.keys() & second.keys()) - MAY_DIFFER.keys()
+    assert len(shared) > 15, "the comparison has lost its subject"
+    for name in sorted(shared):
+        assert first[name] == second[name], f"{name} differs between {one.name} and {other.name}"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_import_no_other_script(path):
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert not imported & {script.stem for script in SCRIPTS}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_options_shared_with_another_script_have_the_same_default(path):
+    """A baseline with another learning rate or target would be no baseline."""
+
+    def defaults(script):
+        definitions = ast.parse(script.read_text()).body
+        (args,) = [node for node in definitions if getattr(node, "name", "") == "Args"]
+        fields = [node for node in args.body if isinstance(node, ast.AnnAssign)]
+        return {field.target.id: ast.unparse(field.value) for field in fields}
+
+    mine = defaults(path)
+    for theirs in map(defaults, SCRIPTS):
+        shared = mine.keys() & theirs.keys()
+        assert {name: theirs[name] for name in shared} == {name: mine[name] for name in shared}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_inline_metadata_lists_the_requirements(path):
+    """`uv run script.py` installs what `pip install -r requirements.txt` does."""
+    block = re.search(r"# /// script\n(.*?)# ///", path.read_text(), re.DOTALL).group(1)
+    required = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line]
+    assert sorted(re.findall(r'"([^"]+)"', block)[1:]) == sorted(required)

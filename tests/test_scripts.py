@@ -1,0 +1,440 @@
+"""The scripts as their users run them: from the command line, and through `train(args)`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import bptt_sac
+import s2pg_sac
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = pytest.mark.parametrize("script", [s2pg_sac, bptt_sac], ids=lambda s: s.__name__)
+AGENTS = {s2pg_sac: s2pg_sac.S2PGSAC, bptt_sac: bptt_sac.BPTTSAC}
+# five steps an episode, a few updates, one evaluation
+QUICK = [
+    "--env-id", "CueRecall-v0", "--env-kwargs", "horizon", "5", "--learning-starts", "20",
+    "--batch-size", "16", "--buffer-size", "1000", "--eval-episodes", "2",
+]  # fmt: skip
+
+
+def start(script, *options, cwd):
+    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *map(str, options)]
+    return subprocess.Popen(
+        command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def run(script, *options, cwd):
+    """Run a script to its end; returns exit status, standard output, standard error."""
+    process = start(script, *options, cwd=cwd)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def quick_args(script, **options):
+    defaults = dict(
+        env_id="CueRecall-v0", env_kwargs=dict(horizon=5), learning_starts=20, batch_size=16,
+        buffer_size=1000, eval_episodes=2, total_timesteps=60,
+    )  # fmt: skip
+    return script.Args(**(defaults | options))
+
+
+def only_run(path):
+    (run_dir,) = (Path(path) / "runs").iterdir()
+    return run_dir
+
+
+def scalars(run_dir, tag):
+    """Steps and values that were logged under a tag."""
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    logged = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
+    return [event.step for event in logged], [event.value for event in logged]
+
+
+def load(run_dir):
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def flat(state):
+    """All tensors of a nested state, by path."""
+    if torch.is_tensor(state):
+        return {"": state}
+    items = state.items() if isinstance(state, dict) else enumerate(state)
+    nested = {k: v for k, v in items if isinstance(v, dict | list | tuple) or torch.is_tensor(v)}
+    return {f"{k}/{path}": t for k, v in nested.items() for path, t in flat(v).items()}
+
+
+@SCRIPTS
+def test_train_resume_evaluate_record_from_the_command_line(script, tmp_path):
+    status, out, err = run(
+        script, *QUICK, "--total-timesteps", 60, "--capture-video", "--save-buffer", cwd=tmp_path
+    )
+    assert status == 0, err
+    run_dir = only_run(tmp_path)
+    assert len(out.splitlines()) == 1 and run_dir.name in out
+    assert "Warning" not in err and "60/60" in err
+    assert json.loads((run_dir / "args.json").read_text())["env_kwargs"] == {"horizon": 5}
+    assert list((run_dir / "videos").glob("*.mp4"))
+    assert scalars(run_dir, "eval/return_deterministic")[0] == [60]
+    assert scalars(run_dir, "eval/return_stochastic")[0] == [60]
+    steps, returns = scalars(run_dir, "charts/episodic_return")
+    assert steps == list(range(5, 61, 5)) and all(-5 < value <= 5 for value in returns)
+
+    status, out, err = run(
+        script, "--resume", run_dir, "--total-timesteps", 120, "--checkpoint-frequency", 30,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert status == 0, err
+    assert only_run(tmp_path) == run_dir and load(run_dir)["global_step"] == 120
+    steps, _ = scalars(run_dir, "charts/episodic_return")
+    assert steps == list(range(5, 121, 5))
+    for name in ("losses/qf_loss", "losses/actor_loss", "losses/alpha", "charts/SPS"):
+        assert scalars(run_dir, name)[0] == [100]
+
+    status, out, err = run(
+        script, "--evaluate", run_dir, "--eval-episodes", 3, "--save-demonstrations", "demo.npz",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert status == 0, err
+    assert [line.split(":")[0] for line in out.splitlines()] == ["deterministic", "stochastic"]
+    with np.load(tmp_path / "demo.npz", allow_pickle=False) as demo:
+        assert demo["observations"].shape == (18, 2)  # 3 episodes of 5 steps have 6 rows each
+        assert demo["critic_observations"].shape == (18, 2)
+        assert demo["actions"].shape == (15, 1)
+        assert demo["terminations"].nonzero()[0].tolist() == [4, 9, 14]
+        assert not demo["truncations"].any()
+        cue = np.repeat(demo["critic_observations"][::6, 0], 5)
+        np.testing.assert_allclose(demo["rewards"], 1 - abs(demo["actions"][:, 0] - cue), atol=1e-6)
+        assert str(demo["env_id"]) == "CueRecall-v0"
+        made_by = json.loads(str(demo["made_by"]))
+        np.testing.assert_allclose(made_by["returns"], demo["rewards"].reshape(3, 5).sum(1))
+        assert made_by["seed"] == 1 and made_by["exp_name"] == script.__name__
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_resumes(signum, tmp_path):
+    process = start(
+        s2pg_sac, *QUICK, "--total-timesteps", 10**6, "--checkpoint-frequency", 50, cwd=tmp_path
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/checkpoint.pt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signum)
+    out, _ = process.communicate(timeout=60)
+    run_dir = only_run(tmp_path)
+    step = load(run_dir)["global_step"]
+    assert step >= 50
+    if signum == signal.SIGKILL:
+        assert process.returncode == -signum
+    else:
+        assert process.returncode == 128 + signum
+        assert f"stopped at step {step}" in out and run_dir.name in out
+
+    # without a saved buffer, `learning_starts` transitions come before the next update
+    before = flat(load(run_dir)["parts"]["critic"])
+    args = ["--resume", run_dir, "--eval-episodes", 1]
+    status, _, err = run(s2pg_sac, *args, "--total-timesteps", step + 15, cwd=tmp_path)
+    assert status == 0, err
+    after = flat(load(run_dir)["parts"]["critic"])
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    status, _, err = run(s2pg_sac, *args, "--total-timesteps", step + 60, cwd=tmp_path)
+    assert status == 0, err
+    after = flat(load(run_dir)["parts"]["critic"])
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    assert load(run_dir)["global_step"] == step + 60
+
+
+@SCRIPTS
+def test_losses_that_blow_up_stop_the_run_and_spare_the_checkpoint(script, tmp_path):
+    status, _, err = run(script, *QUICK, "--total-timesteps", 100, cwd=tmp_path)
+    assert status == 0, err
+    run_dir = only_run(tmp_path)
+    good = (run_dir / "checkpoint.pt").read_bytes()
+    status, _, err = run(
+        script, "--resume", run_dir, "--total-timesteps", 10_000, "--critic-lr", "1e38",
+        "--actor-lr", "1e38", cwd=tmp_path,
+    )  # fmt: skip
+    assert status == 1
+    message = err.splitlines()[-1]
+    assert message.startswith(script.__name__) and "is not finite" in message
+    assert "Traceback" not in err
+    assert (run_dir / "checkpoint.pt").read_bytes() == good
+
+
+BAD_INPUT = {
+    "--env-id Hoper-v4": "Hoper",
+    "--env-id CartPole-v1": "Box",
+    "--env-id nowhere:Robot-v0": "nowhere",
+    "--env-id CueRecall-v0 --hide velocities": "CueRecall-v0",
+    "--env-id CueRecall-v0 --env-kwargs horizn 3": "horizn",
+    "--hide velocity": "velocity",
+    "--num-envs 0": "--num-envs is 0",
+    "--gamma 1.5": "--gamma is 1.5",
+    "--buffer-size 100": "--learning-starts",
+    "--utd nan": "--utd is nan",
+    "--save-demonstrations demo.npz": "--evaluate",
+    "--evaluate nothing": "args.json",
+    "--resume nothing": "args.json",
+    "--resume a --evaluate b": "exclude",
+    "--no-such-option": "no-such-option",
+}
+
+
+@pytest.mark.parametrize("options, says", BAD_INPUT.items())
+def test_bad_input_is_answered_in_a_sentence(options, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "args.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["s2pg_sac.py", *options.split()])
+    with pytest.raises(SystemExit) as exit_info:
+        s2pg_sac.main()
+    code = exit_info.value.code
+    message = code if isinstance(code, str) else capsys.readouterr().err
+    assert code not in (None, 0) and says in message
+    assert not (tmp_path / "runs").exists()
+
+
+DAMAGE = ["cut", "foreign", "text", "missing", "shapes", "args", "buffer"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_an_unusable_run_is_a_clear_error(damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    s2pg_sac.train(quick_args(s2pg_sac, save_buffer=True))
+    run_dir = only_run(tmp_path)
+    checkpoint = run_dir / "checkpoint.pt"
+    options = ["--resume", str(run_dir), "--total-timesteps", "100"]
+    if damage == "cut":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    elif damage == "foreign":
+        torch.save({"model": torch.zeros(3)}, checkpoint)
+    elif damage == "text":
+        checkpoint.write_text("not a checkpoint")
+    elif damage == "missing":
+        checkpoint.unlink()
+    elif damage == "shapes":
+        options += ["--state-dim", "7"]
+    elif damage == "args":
+        (run_dir / "args.json").write_text('{"sequence_length": 3}')
+    elif damage == "buffer":
+        options += ["--buffer-size", "500"]
+    before = {path: path.read_bytes() for path in run_dir.iterdir()}
+    monkeypatch.setattr(sys, "argv", ["s2pg_sac.py", *options])
+    with pytest.raises(SystemExit) as exit_info:
+        s2pg_sac.main()
+    assert isinstance(exit_info.value.code, str) and "\n" not in exit_info.value.code.strip()
+    assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
+
+
+OPTIONS = {
+    s2pg_sac: [
+        dict(kernel="official"), dict(rnn="lstm"), dict(rnn="rnn"), dict(memoryless=True),
+        dict(critic_sees_z=True), dict(privileged_critic=False), dict(refresh=False),
+    ],
+    bptt_sac: [
+        dict(loss_on="last", sequence_length=3), dict(sequence_length=1), dict(burn_in=2),
+        dict(burn_in=2, rnn="lstm", initial_state="zero"), dict(rnn="rnn", loss_on="last"),
+        dict(privileged_critic=False), dict(critic_sees_h=True),
+    ],
+}  # fmt: skip
+COMMON = [
+    dict(num_envs=3), dict(utd=0.5), dict(utd=2.0), dict(alpha_lr=0.0), dict(eval_frequency=25),
+    dict(env_id="Hopper-v5", env_kwargs={}, hide="positions", random_bodies=True, wind=True),
+    dict(env_id="PointMassDoor-v0", env_kwargs={}, eval_episodes=1),
+]  # fmt: skip
+CASES = [(s, options) for s in OPTIONS for options in COMMON + OPTIONS[s]]
+
+
+@pytest.mark.parametrize("script, options", CASES, ids=lambda x: str(getattr(x, "__name__", x)))
+def test_every_option_trains_saves_and_loads(script, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = quick_args(script, **options)
+    script.train(args)
+    run_dir = only_run(tmp_path)
+    assert load(run_dir)["global_step"] >= 60
+    args.evaluate, args.eval_episodes = str(run_dir), 1
+    script.replay(args)
+
+
+@SCRIPTS
+@pytest.mark.parametrize("num_envs", [1, 2, 3])
+def test_every_episode_is_logged_at_its_own_step(script, num_envs, tmp_path, monkeypatch):
+    """Environments that finish together do not overwrite one another; autoreset is no step."""
+    monkeypatch.chdir(tmp_path)
+    script.train(quick_args(script, num_envs=num_envs, total_timesteps=60))
+    steps, lengths = scalars(only_run(tmp_path), "charts/episodic_length")
+    assert len(steps) == len(set(steps)) == 60 // 5
+    assert set(lengths) == {5} and max(steps) == 60
+
+
+@SCRIPTS
+def test_updates_are_counted_per_environment_step(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    updates = []
+    agent = AGENTS[script]
+    update = agent.update
+    monkeypatch.setattr(agent, "update", lambda *a: updates.append(1) or update(*a))
+    script.train(quick_args(script, num_envs=3, utd=0.5, learning_starts=1, total_timesteps=60))
+    # the first transition is known after the second step of the three environments
+    assert len(updates) == (60 - 3) * 0.5 // 1
+
+
+@SCRIPTS
+def test_a_seed_decides_the_run_and_evaluation_does_not_disturb_it(script, tmp_path, monkeypatch):
+    weights = []
+    for name, options in dict(
+        first=dict(seed=3), again=dict(seed=3, eval_frequency=20), other=dict(seed=4)
+    ).items():
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        script.train(quick_args(script, **options))
+        weights.append(flat(load(only_run(tmp_path / name))["parts"]["actor"]))
+    first, again, other = weights
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert not all(torch.equal(first[k], other[k]) for k in first)
+
+
+@SCRIPTS
+def test_a_checkpoint_restores_everything(script, tmp_path, monkeypatch):
+    """Networks, target, optimisers, temperatures, step, random state and buffer."""
+    monkeypatch.chdir(tmp_path)
+    args = quick_args(script, save_buffer=True)
+    script.train(args)
+    saved = load(only_run(tmp_path))
+    torch.manual_seed(99)
+    env = script.make_env(args, 1)
+    agent = AGENTS[script](args, *script.dimensions(env), torch.device("cpu"))
+    state = script.load_checkpoint(str(only_run(tmp_path)), agent)
+    buffer = agent.make_buffer()
+    buffer.load_state_dict(dict(state["buffer"]))
+    script.save_checkpoint(str(tmp_path), agent, dict(
+        global_step=state["global_step"], rng=state["rng"], buffer=buffer.state_dict()
+    ))  # fmt: skip
+    again = flat(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
+    assert again.keys() == flat(saved).keys()
+    names = " ".join(again)
+    for part in ("parts/actor", "parts/critic", "parts/target_critic", "exp_avg_sq",
+                 "tensors/log_alpha", "rng", "buffer/z", "buffer/transitions"):  # fmt: skip
+        assert part in names, part
+    assert all(torch.equal(again[k], flat(saved)[k]) for k in again)
+
+
+@SCRIPTS
+def test_tuned_options_come_between_the_defaults_and_the_command_line(script, monkeypatch):
+    def parse(*options):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *options])
+        return script.parse_args()
+
+    assert parse().hide == "velocities"  # the default task is a hidden-velocity one
+    args = parse("--env-id", "Humanoid-v4")
+    assert {k: getattr(args, k) for k in script.TUNED["Humanoid"]} == script.TUNED["Humanoid"]
+    assert parse("--env-id", "Humanoid-v4", "--critic-lr", "0.5").critic_lr == 0.5
+    assert parse("--env-id", "CueRecall-100-v0").hide == "none"
+    args = parse("--env-kwargs", "horizon", "7", "sparse", "True", "scale", "0.5")
+    assert args.env_kwargs == dict(horizon=7, sparse=True, scale=0.5)
+
+
+class Recorder(torch.nn.Module):
+    """An actor that adds one to its internal state each step and keeps what it is given."""
+
+    z_dim, action_dim = 1, 1
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.z, self.a_prev, self.modes = [], [], set()
+
+    def act(self, obs, z, a_prev, deterministic=False):
+        self.z.append(z[0].item())
+        self.a_prev.append(a_prev[0].item())
+        self.modes.add(deterministic)
+        return torch.full_like(z, 0.25), z + 1
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_evaluation_carries_the_memory_and_resets_it_with_the_episode(deterministic):
+    args = quick_args(s2pg_sac)
+    actor = Recorder()
+    episodes = s2pg_sac.evaluate(actor, s2pg_sac.make_env(args, 1), 2, deterministic, seed=0)
+    assert actor.z == [0, 1, 2, 3, 4, 5] * 2
+    assert actor.a_prev == [0, 0.25, 0.25, 0.25, 0.25, 0.25] * 2
+    assert actor.modes == {deterministic}
+    assert [len(episode["rewards"]) for episode in episodes] == [5, 5]
+
+
+@pytest.mark.parametrize("episodes", [1, 2, 5])
+def test_evaluation_shares_the_episodes_among_the_environments(episodes):
+    args = quick_args(s2pg_sac, env_id="Hopper-v4", env_kwargs={}, hide="velocities")
+    actor, env = Recorder(), s2pg_sac.make_env(args, 2)
+    played = s2pg_sac.evaluate(actor, env, episodes, True, seed=0)
+    assert len(played) == episodes
+    for episode in played:
+        steps = len(episode["rewards"])
+        assert episode["observations"].shape == (steps + 1, 5)
+        assert episode["critic_observations"].shape == (steps + 1, 11)
+        assert episode["actions"].shape == (steps, 3)
+        ends = episode["terminations"] | episode["truncations"]
+        assert ends.nonzero()[0].tolist() == [steps - 1]
+
+
+def test_actions_are_recorded_in_the_units_of_the_environment():
+    args = quick_args(s2pg_sac, env_id="InvertedPendulum-v4", env_kwargs={}, hide="velocities")
+    (episode,) = s2pg_sac.evaluate(Recorder(), s2pg_sac.make_env(args, 1), 1, True, seed=0)
+    np.testing.assert_allclose(episode["actions"], 0.25 * 3.0)  # its actions reach from -3 to 3
+
+
+def test_training_resets_memory_and_previous_action_with_the_episode(tmp_path, monkeypatch):
+    """An episode of T steps fills T + 1 rows; the next begins with zeros."""
+    monkeypatch.chdir(tmp_path)
+    buffers, make = [], s2pg_sac.S2PGSAC.make_buffer
+    monkeypatch.setattr(
+        s2pg_sac.S2PGSAC, "make_buffer", lambda self: buffers.append(make(self)) or buffers[0]
+    )
+    s2pg_sac.train(quick_args(s2pg_sac, learning_starts=1000 - 3, total_timesteps=50))
+    (buffer,) = buffers
+    n = buffer.written
+    first = buffer.first[:n].nonzero().flatten()
+    assert first.tolist() == list(range(0, n, 6))
+    assert not buffer.z[first].any() and not buffer.a_prev(first).any()
+    others = torch.tensor(sorted(set(range(n)) - set(first.tolist())))
+    assert (buffer.z[others].abs().sum(1) > 0).all()
+    assert torch.equal(buffer.a_prev(others), buffer.action[others - 1])
+    # the last transition of each episode is terminal, its successor is the final observation
+    assert buffer.terminated[:n].nonzero().flatten().tolist() == list(range(4, n, 6))
+
+
+def test_your_own_environment_trains(tmp_path):
+    """`module:Id-v0`, a plain Box observation: the critic sees the same, and z."""
+    (tmp_path / "my_robot.py").write_text(
+        "import gymnasium as gym\n"
+        "import numpy as np\n"
+        "class Robot(gym.Env):\n"
+        "    observation_space = gym.spaces.Box(-1, 1, (3,))\n"
+        "    action_space = gym.spaces.Box(-2, 2, (2,))\n"
+        "    def reset(self, seed=None, options=None):\n"
+        "        super().reset(seed=seed)\n"
+        "        self.t = 0\n"
+        "        return self.observation_space.sample() * 0, {}\n"
+        "    def step(self, action):\n"
+        "        assert self.action_space.contains(action)\n"
+        "        self.t += 1\n"
+        "        return np.zeros(3, np.float32), 1.0, False, self.t == 7, {}\n"
+        "gym.register('Robot-v0', entry_point=Robot)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "s2pg_sac.py"), *QUICK, "--env-id", "my_robot:Robot-v0"]
+    del command[command.index("--env-kwargs") : command.index("--env-kwargs") + 3]
+    command += ["--total-timesteps", "60"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert set(scalars(only_run(tmp_path), "charts/episodic_return")[1]) == {7.0}

@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import mujoco
 import numpy as np
 import torch
 import tyro
@@ -92,7 +91,41 @@ def buffer_bytes(agent, size):
     agent.args.buffer_size, before = size, agent.args.buffer_size
     tensors = [v for v in vars(agent.make_buffer()).values() if torch.is_tensor(v)]
     agent.args.buffer_size = before
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def pieces(agent, buffer):
+    """The parts of one S2PG-SAC update, each to be timed on its own."""
+    alpha, alpha_z = agent.log_alpha.detach().exp(), agent.log_alpha_z.detach().exp()
+    batch = buffer.sample(agent.args.batch_size, agent.critic_sees_z)
+
+    def critic():
+        loss, _ = s2pg_sac.soft_critic_loss(
+            agent.actor, agent.critic, agent.target_critic, batch, alpha, agent.args.gamma
+        )
+        s2pg_sac.descend(agent.critic_optimizer, loss)
+
+    def actor_and_temperatures():
+        loss, _, entropy, entropy_z = s2pg_sac.soft_actor_loss(
+            agent.actor, agent.critic, batch, alpha, alpha_z
+        )
+        loss = loss + s2pg_sac.temperature_loss(agent.log_alpha, entropy, -agent.action_dim)
+        loss = loss + s2pg_sac.temperature_loss(agent.log_alpha_z, entropy_z, -agent.z_dim)
+        s2pg_sac.descend(agent.actor_optimizer, loss)
+
+    def targets():
+        torch._foreach_lerp_(
+            list(agent.target_critic.parameters()), list(agent.critic.parameters()), 0.005
+        )
+
+    return {
+        "sampling": lambda: buffer.sample(agent.args.batch_size, agent.critic_sees_z),
+        "critic": critic,
+        "actor and temperatures": actor_and_temperatures,
+        "targets": targets,
+        "refresh": lambda: buffer.refresh(batch, batch.next_z),
+    }
 
 
 def main(args: Args):
@@ -106,7 +139,7 @@ def main(args: Args):
 
     options = dict(batch_size=args.batch_size, buffer_size=20_000)
     bptt = {
-        f"BPTT-SAC  L = {length:2d}, loss on {loss_on}": dict(sequence_length=length, loss_on=loss_on)
+        f"BPTT-SAC, L = {length:2d}, {loss_on}": dict(sequence_length=length, loss_on=loss_on)
         for length, loss_on in [(5, "last"), (32, "last"), (64, "last"), (32, "all"), (64, "all")]
     }
     s2pg = {"memoryless SAC": dict(memoryless=True), "S2PG-SAC": {}}
@@ -131,6 +164,8 @@ def main(args: Args):
             function(*operands)
 
     steps["S2PG-SAC, matrix products alone"] = floor
+    for name, step in pieces(agent, buffer).items():
+        steps[f"S2PG-SAC, {name}"] = step
 
     milliseconds = {name: [] for name in steps}
     for turn in range(args.rounds + 1):
@@ -143,16 +178,21 @@ def main(args: Args):
             if turn > 0:  # the first warms up
                 milliseconds[name].append(1e3 * (time.perf_counter() - begin) / args.updates)
 
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{args.num_threads} thread(s) of {cpu_name()}"
-    print(f"{args.env_id}: o {obs_dim}, s {critic_dim}, a {action_dim}, batch {args.batch_size}; {hardware}")
-    print(f"torch {torch.__version__}, mujoco {mujoco.__version__}, matmul precision {args.matmul_precision}\n")
-    print(f"{'ms per gradient step':36s} {'median':>7s} {'x memoryless':>13s} {'x S2PG':>7s}")
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name()
+    else:
+        hardware = f"{cpu_name()}, {args.num_threads} thread(s)"
+    versions = f"torch {torch.__version__}, matmul precision {args.matmul_precision}"
+    sizes = f"o {obs_dim}, s {critic_dim}, a {action_dim}, batch {args.batch_size}"
+    print(f"{args.env_id} ({sizes}) on {hardware}; {versions}\n")
+    print(f"{'ms per gradient step':34s} {'median':>7s} {'x memoryless':>13s} {'x S2PG':>7s}")
+    milliseconds = {name: np.array(times) for name, times in milliseconds.items()}
     for name, times in milliseconds.items():
-        times = np.array(times)
-        ratios = [np.median(times / np.array(milliseconds[base])) for base in s2pg]
-        print(f"{name:36s} {np.median(times):7.2f} {ratios[0]:13.2f} {ratios[1]:7.2f}")
-    ratio = np.median(np.array(milliseconds["S2PG-SAC"]) / np.array(milliseconds["S2PG-SAC, matrix products alone"]))
-    print(f"\nS2PG-SAC is {ratio:.2f} x its floor: {len(record.calls)} products, {gigaflops(record.calls):.2f} GFLOP")
+        ratios = [np.median(times / milliseconds[base]) for base in s2pg]
+        print(f"{name:34s} {np.median(times):7.2f} {ratios[0]:13.2f} {ratios[1]:7.2f}")
+    ratio = np.median(milliseconds["S2PG-SAC"] / milliseconds["S2PG-SAC, matrix products alone"])
+    work = f"{len(record.calls)} products, {gigaflops(record.calls):.2f} GFLOP"
+    print(f"\nS2PG-SAC takes {ratio:.2f} x its floor ({work})")
     print(f"replay buffer of 1e6 rows: {buffer_bytes(agent, 1_000_000) / 1e9:.2f} GB")
 
 

@@ -1,0 +1,131 @@
+"""Learning curves: from the event files of runs to one tidy CSV, and from there to a picture.
+
+    python benchmark/curves.py collect runs/* --out benchmark/results/NAME.csv
+    python benchmark/curves.py plot benchmark/results/NAME.csv
+
+A row of the CSV is one evaluation: environment, label (--exp-name of the run), script, options
+that were not at their defaults, seed, step, wall seconds since the first entry, mean return of the
+deterministic and of the stochastic policy, versions. The picture has a panel for each environment:
+the mean over seeds as a line, all seeds as a band.
+"""
+
+import argparse
+import csv
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import bptt_sac
+import s2pg_sac
+
+COLUMNS = [
+    "env_id", "label", "script", "options", "seed", "step", "wall_seconds",
+    "return_deterministic", "return_stochastic", "versions",
+]  # fmt: skip
+SCRIPTS = [s2pg_sac, bptt_sac]
+
+
+def collect(runs, out):
+    """Write one CSV of all evaluations of `runs` (folders)."""
+    versions = " ".join(
+        f"{name}={importlib.metadata.version(name)}" for name in ("torch", "gymnasium", "mujoco")
+    )
+    rows = []
+    for run in map(Path, runs):
+        args = json.loads((run / "args.json").read_text())
+        events = EventAccumulator(str(run))
+        events.Reload()
+        start = min(events.Scalars(tag)[0].wall_time for tag in events.Tags()["scalars"])
+        (script,) = (s for s in SCRIPTS if args.keys() == vars(s.Args()).keys())
+        defaults = vars(script.Args())
+        options = {k: v for k, v in args.items() if v != defaults[k] and k not in COLUMNS}
+        evaluations = zip(
+            events.Scalars("eval/return_deterministic"), events.Scalars("eval/return_stochastic")
+        )
+        for deterministic, stochastic in evaluations:
+            rows.append([
+                args["env_id"], args["exp_name"], script.__name__, json.dumps(options),
+                args["seed"], deterministic.step, round(deterministic.wall_time - start, 1),
+                round(deterministic.value, 3), round(stochastic.value, 3), versions,
+            ])  # fmt: skip
+    with open(out, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(sorted(rows, key=lambda row: (row[0], row[1], row[4], row[5])))
+    print(f"{out}: {len(rows)} evaluations of {len(runs)} runs")
+
+
+def curves(path, column):
+    """{env_id: {label: (steps [T], returns [seeds, T])}} of a CSV."""
+    points = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            seeds = points.setdefault(row["env_id"], {}).setdefault(row["label"], {})
+            seeds.setdefault(row["seed"], {})[int(row["step"])] = float(row[column])
+    result = {}
+    for env_id, labels in points.items():
+        for label, seeds in labels.items():
+            steps = sorted(set.intersection(*(set(seed) for seed in seeds.values())))
+            returns = np.array([[seed[step] for step in steps] for seed in seeds.values()])
+            result.setdefault(env_id, {})[label] = np.array(steps), returns
+    return result
+
+
+def plot(path, column):
+    """Write the picture beside the CSV, and print the table of final and best returns."""
+    matplotlib.use("Agg")
+    data = curves(path, column)
+    figure, panels = plt.subplots(
+        1, len(data), figsize=(5.2 * len(data), 3.6), squeeze=False, layout="constrained"
+    )
+    labels = sorted({label for env in data.values() for label in env})
+    colors = dict(zip(labels, plt.get_cmap("tab10").colors))
+    for panel, (env_id, methods) in zip(panels[0], data.items()):
+        for label, (steps, returns) in methods.items():
+            mean, color = returns.mean(0), colors[label]
+            panel.fill_between(steps, returns.min(0), returns.max(0), color=color, alpha=0.15, lw=0)
+            panel.plot(steps, mean, color=color, lw=2, label=f"{label} ({len(returns)} seeds)")
+            print(
+                f"{env_id:24s} {label:24s} at {steps[-1]}: "
+                f"{', '.join(f'{value:.1f}' for value in returns[:, -1])}; "
+                f"best mean over seeds {mean.max():.1f} at {steps[mean.argmax()]}"
+            )
+        panel.set_title(env_id)
+        panel.set_xlabel("environment steps")
+        panel.set_ylabel(column.replace("_", ", "))
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+        panel.legend(frameon=False, fontsize=8)
+    picture = Path(path).with_suffix(".png")
+    figure.savefig(picture, dpi=150)
+    print(picture)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    collecting = commands.add_parser("collect", help="event files to a CSV")
+    collecting.add_argument("runs", nargs="+")
+    collecting.add_argument("--out", required=True)
+    plotting = commands.add_parser("plot", help="a CSV to a picture and a table")
+    plotting.add_argument("csv")
+    columns = ["return_stochastic", "return_deterministic"]
+    plotting.add_argument("--column", default=columns[0], choices=columns)
+    args = parser.parse_args()
+    if args.command == "collect":
+        collect(args.runs, args.out)
+    else:
+        plot(args.csv, args.column)
+
+
+if __name__ == "__main__":
+    main()

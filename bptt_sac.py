@@ -38,6 +38,13 @@ import sys
 import time
 from typing import Literal, NamedTuple
 
+if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    # Between two updates all temporary tensors are freed, but scraps in the thread cache of glibc
+    # keep their memory from merging: the heap of a long CPU run would grow until it is killed. The
+    # cache can be switched off only before a program starts, so this one starts once more.
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.tcache_count=0"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
 import gymnasium as gym
 import numpy as np
 import torch
@@ -326,17 +333,22 @@ class RowBuffer:
         return self.action[index - self.num_envs] * ~self.first[index].unsqueeze(-1)
 
     def state_dict(self):
+        """Copies of the rows written so far, the counters and the links."""
         n = self.written * self.num_envs
         state = {k: v[:n].clone() for k, v in vars(self).items() if torch.is_tensor(v)}
-        return state | dict(counters=self.counters, links=torch.from_numpy(self.links))
+        return state | dict(counters=self.counters.clone(), links=torch.tensor(self.links))
 
     def load_state_dict(self, state):
-        if len(state["links"]) != self.slots:
-            raise ValueError(f"the saved buffer has {len(state['links'])} slots, not {self.slots}")
-        self.head, self.size, self.cursor, self.written = state["counters"].tolist()
-        self.links[:] = state.pop("links").numpy()
+        """Take over a saved buffer; ValueError if it has other slots or environments."""
+        head, size, cursor, written = state["counters"].tolist()
+        if len(state["links"]) != self.slots or len(state["z"]) != written * self.num_envs:
+            raise ValueError("the saved buffer has another --buffer-size or --num-envs")
+        self.head, self.size, self.cursor, self.written = head, size, cursor, written
         for name, value in state.items():
-            getattr(self, name)[: len(value)] = value
+            if name == "links":
+                self.links[:] = value.numpy()
+            else:
+                getattr(self, name)[: len(value)] = value
 
 
 class Sequences(NamedTuple):
@@ -505,7 +517,7 @@ class BPTTSAC:
 
 def descend(optimizer, loss):
     """One step of `optimizer`; gradients are computed for its own parameters only."""
-    optimizer.zero_grad(set_to_none=False)  # gradients that stay put do not fragment the heap
+    optimizer.zero_grad()
     loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
     optimizer.step()
 

@@ -536,7 +536,7 @@ def gradient(loss, module):
 @pytest.mark.parametrize("rnn", ["gru", "lstm", "rnn"])
 def test_gradients_through_time_equal_those_of_a_loop_of_single_steps(rnn, loss_on, burn_in):
     agent, buffer = make_agent(
-        rnn, loss_on=loss_on, burn_in=burn_in, sequence_length=5, lengths=[12, 2, 7, 1, 12],
+        rnn, loss_on=loss_on, burn_in=burn_in, sequence_length=4, lengths=[12, 2, 7, 1, 12],
         batch_size=12 if loss_on == "last" else 40,
     )  # fmt: skip
     batch = sample(agent, buffer)
@@ -555,7 +555,7 @@ def test_gradients_through_time_equal_those_of_a_loop_of_single_steps(rnn, loss_
         assert batch.burn_in[-1].any()
         _, through = losses_of_single_steps(agent, batch, 0.3, noise, warm_up_without_grad=False)
         used = gradient(actor_loss, agent.actor.layer)
-        assert (gradient(through, agent.actor.layer) - used).norm() > 0.01 * used.norm()
+        assert (gradient(through, agent.actor.layer) - used).norm() > 1e-3 * used.norm()
 
 
 @pytest.mark.parametrize("rnn", ["gru", "lstm", "rnn"])

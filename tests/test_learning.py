@@ -26,7 +26,7 @@ def best_stochastic_return(tmp_path, *options):
 
 
 def test_s2pg_balances_a_pole_whose_velocity_it_cannot_see(tmp_path):
-    assert best_stochastic_return(tmp_path) > 200
+    assert best_stochastic_return(tmp_path) > 150
 
 
 def test_without_a_memory_the_same_program_cannot(tmp_path):

@@ -2,7 +2,7 @@
 
 `PointMassMemory` and `PointMassDoor` are those of Al-Hafez, Zhao, Peters, Tateo, "Time-Efficient
 Reinforcement Learning with Stochastic Stateful Policies", ICLR 2024, arXiv 2311.04082. `CueRecall`
-is the smallest task of the kind, for tests: it takes seconds to learn and its optimum is known.
+is the smallest task of the kind: it takes minutes to learn, and its optimum is known.
 
 Every observation is a `Dict` of "policy" and "critic", two float32 vectors; the critic's holds the
 cue at all times.

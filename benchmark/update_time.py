@@ -11,11 +11,16 @@ alone, forward and backward, replayed on the same operands.
 """
 
 import dataclasses
+import os
 import platform
 import sys
 import time
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.tcache_count=0"  # as the scripts do, and say why
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 import numpy as np
 import torch

@@ -667,8 +667,10 @@ def train(args):
         if "buffer" in state:
             buffer.load_state_dict(state["buffer"])
     os.makedirs(run_dir, exist_ok=True)
-    with open(os.path.join(run_dir, "args.json"), "w") as file:
+    args_path = os.path.join(run_dir, "args.json")
+    with open(args_path + ".tmp", "w") as file:
         json.dump(vars(args) | dict(resume=None), file, indent=2)
+    os.replace(args_path + ".tmp", args_path)
     if args.track:
         import wandb
 

@@ -91,7 +91,8 @@ class Args:
     wind: bool = False
     """push the torso with a constant force of random sign; the forward reward follows its sign"""
     privileged_critic: bool = True
-    """let the critic see the whole state; otherwise it sees what the policy sees, and h"""
+    """let the critic see the whole state; otherwise, or if the environment has no more to show, it
+    sees what the policy sees, and h"""
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"
     """recurrent layer that gives the memory h"""
@@ -103,9 +104,10 @@ class Args:
     """rows L that gradients flow through"""
     loss_on: Literal["last", "all"] = "all"
     """rows of a sequence with a loss: "last" takes batch_size sequences (as published), "all" takes
-    batch_size / sequence_length, so that both see batch_size transitions"""
+    batch_size / sequence_length, so that neither sees more than batch_size transitions"""
     burn_in: int = 0
-    """rows before the sequence that only warm up its initial state, where the episode has them"""
+    """rows before the sequence that only warm up its initial state; where the episode has fewer,
+    the sequence begins with the initial state as it is"""
     initial_state: Literal["stored", "zero"] = "stored"
     """internal state before the first row, or before the burn-in: that of acting, or zeros"""
 
@@ -131,7 +133,8 @@ class Args:
     """learning rate of log alpha (its target entropy is -|A|); 0 keeps alpha as it is"""
 
     resume: str | None = None
-    """folder of a run to continue; options given beside it replace the run's own"""
+    """folder of a run to continue; options given beside it replace the run's own, but temperatures
+    and random states come from the checkpoint"""
     save_buffer: bool = False
     """keep the replay buffer in the checkpoint; otherwise a resumed run fills a new one first"""
     checkpoint_frequency: int = 10_000
@@ -164,6 +167,7 @@ TUNED = {
     "Walker2d": dict(hide="velocities", critic_lr=3e-4),
 }
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+EVAL_SEED = 2**20  # evaluation plays other episodes than training, and others each time
 
 
 class RecurrentActor(nn.Module):
@@ -336,6 +340,8 @@ class RowBuffer:
         """Copies of the rows written so far, the counters and the links."""
         n = self.written * self.num_envs
         state = {k: v[:n].clone() for k, v in vars(self).items() if torch.is_tensor(v)}
+        if self.critic_obs is self.obs:
+            del state["critic_obs"]
         return state | dict(counters=self.counters.clone(), links=torch.tensor(self.links))
 
     def load_state_dict(self, state):
@@ -373,7 +379,11 @@ class Sequences(NamedTuple):
 
 class SequenceBuffer(RowBuffer):
     def sample(self, batch_size, length, loss_on, burn_in, initial_state):
-        """Sequences that end with a transition drawn uniformly, or begin with its episode."""
+        """Sequences around transitions that are drawn uniformly.
+
+        Such a transition comes last where only the last has a loss, and anywhere otherwise: always
+        last, it would leave the ends of episodes to very few sequences.
+        """
         n, cursor, written = self.num_envs, self.counters[2], self.counters[3]
         t = self.draw(batch_size if loss_on == "last" else max(1, batch_size // length))
         steps = torch.arange(length + burn_in + 1, device=self.device).unsqueeze(-1)
@@ -383,7 +393,8 @@ class SequenceBuffer(RowBuffer):
         first = self.first[(t - steps[:-2] * n) % len(self.first)]
         same = (first.cumsum(0) == 0) & (steps[1:-1] < written.clamp(max=self.slots - 1) - age)
         available = same.sum(0)
-        depth = available.clamp(max=length - 1)
+        limit = length - 1 if loss_on == "last" else torch.randint_like(t, length)
+        depth = available.clamp(max=limit)
         start = (t - depth * n) % len(self.first)
         rows = (start + steps[: length + 1] * n) % len(self.first)
 
@@ -443,7 +454,7 @@ class BPTTSAC:
 
     def __init__(self, args, obs_dim, critic_dim, action_dim, privileged, device):
         self.args, self.device, self.action_dim = args, device, action_dim
-        # without more than the policy's observation the critic's input is Markov only with h
+        # a critic that is told no more than the policy gets h, in case that o is not Markov
         self.critic_sees_h = args.critic_sees_h or not privileged
         actor = RecurrentActor(obs_dim, action_dim, args.state_dim, args.rnn)
         self.actor, self.z_dim = actor.to(device), actor.z_dim
@@ -509,8 +520,9 @@ class BPTTSAC:
         )
 
         losses = dict(
-            qf1_values=q[0].mean(), qf2_values=q[1].mean(), qf_loss=qf_loss, actor_loss=pi_loss,
-            alpha=alpha, alpha_loss=alpha_loss, entropy=entropy,
+            qf1_values=(batch.weight * q[0]).sum(), qf2_values=(batch.weight * q[1]).sum(),
+            qf_loss=qf_loss, actor_loss=pi_loss, alpha=alpha, alpha_loss=alpha_loss,
+            entropy=entropy,
         )  # fmt: skip
         return {f"losses/{name}": value.detach() for name, value in losses.items()}
 
@@ -649,9 +661,10 @@ def train(args):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}"
-    run_dir = args.resume or os.path.join("runs", re.sub(r"[^\w.-]", "_", name))
+    run_dir = os.path.normpath(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
 
-    env = make_env(args, args.num_envs, f"{run_dir}/videos" if args.capture_video else None)
+    videos = f"{run_dir}/videos/training-{time.time():.0f}" if args.capture_video else None
+    env = make_env(args, args.num_envs, videos)
     eval_env = make_env(args, min(args.eval_episodes, 8))
     agent = BPTTSAC(args, *dimensions(env), device)
     buffer = agent.make_buffer()
@@ -676,7 +689,8 @@ def train(args):
 
         wandb.init(
             project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
-            name=os.path.basename(run_dir), sync_tensorboard=True, save_code=True,
+            name=os.path.basename(run_dir), id=os.path.basename(run_dir)[-64:], resume="allow",
+            sync_tensorboard=True, save_code=True,
         )  # fmt: skip
 
     def stop(signum, frame):
@@ -686,7 +700,7 @@ def train(args):
     stop_signals = []
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    start_step, start_time, updates_due, finished = global_step, time.time(), 0.0, False
+    start_step, start_time, updates_due = global_step, time.time(), 0.0
     returns, metrics, result = collections.deque(maxlen=10), {}, {}
     obs, _ = env.reset(seed=args.seed + global_step)  # a resumed run goes on with new episodes
     z = torch.zeros(args.num_envs, agent.z_dim, device=device)
@@ -696,7 +710,7 @@ def train(args):
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     with writer, bar:
-        while not finished and not stop_signals:
+        while True:
             policy_obs = torch.as_tensor(obs["policy"], device=device)
             with torch.no_grad():
                 action, z_next = agent.actor.act(policy_obs, z, a_prev)
@@ -728,7 +742,7 @@ def train(args):
                     metrics = agent.update(buffer)
                     updates_due -= 1
 
-            finished = global_step >= args.total_timesteps
+            finished, stopped = global_step >= args.total_timesteps, bool(stop_signals)
             if passed(100, last_step, global_step):
                 check_finite(metrics)
                 for name, value in metrics.items():
@@ -738,12 +752,13 @@ def train(args):
             if finished or passed(args.eval_frequency, last_step, global_step):
                 for mode in ("deterministic", "stochastic"):
                     episodes = evaluate(
-                        agent.actor, eval_env, args.eval_episodes, mode == "deterministic", seed=0
-                    )
+                        agent.actor, eval_env, args.eval_episodes, mode == "deterministic",
+                        seed=args.seed + EVAL_SEED + global_step,
+                    )  # fmt: skip
                     result[mode] = np.mean([episode["rewards"].sum() for episode in episodes])
                     writer.add_scalar(f"eval/return_{mode}", result[mode], global_step)
             save = finished or passed(args.checkpoint_frequency, last_step, global_step)
-            if save or stop_signals:
+            if save or stopped:
                 state = dict(global_step=global_step, rng=torch.get_rng_state())
                 if device.type == "cuda":
                     state["cuda_rng"] = torch.cuda.get_rng_state(device)
@@ -751,9 +766,11 @@ def train(args):
                     state["buffer"] = buffer.state_dict()
                 check_finite(metrics)
                 save_checkpoint(run_dir, agent, state)
+            if finished or stopped:
+                break
     env.close()
     eval_env.close()
-    if stop_signals:
+    if not finished:
         print(f"stopped at step {global_step}; go on with --resume {run_dir}")
         sys.exit(128 + stop_signals[0])
     result = ", ".join(f"{mode} {mean:.1f}" for mode, mean in result.items())
@@ -765,11 +782,12 @@ def replay(args):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     for mode in ("deterministic", "stochastic"):
         record = mode == "deterministic"
-        video_folder = f"{args.evaluate}/videos" if args.capture_video and record else None
-        env = make_env(args, min(args.eval_episodes, 8), video_folder)
+        videos = f"{args.evaluate}/videos/evaluation-{time.time():.0f}"
+        film = args.capture_video and record
+        env = make_env(args, min(args.eval_episodes, 8), videos if film else None)
         agent = BPTTSAC(args, *dimensions(env), device)
         load_checkpoint(args.evaluate, agent)
-        episodes = evaluate(agent.actor, env, args.eval_episodes, record, args.seed)
+        episodes = evaluate(agent.actor, env, args.eval_episodes, record, args.seed + EVAL_SEED)
         env.close()
         returns = [episode["rewards"].sum() for episode in episodes]
         length = np.mean([len(episode["rewards"]) for episode in episodes])
@@ -796,6 +814,7 @@ def parse_args():
     try:
         with open(path) as file:
             defaults = Args(**json.load(file))
+            defaults.capture_video &= args.evaluate is None
     except FileNotFoundError:
         raise ValueError(f"{run_dir} is no run: it holds no args.json") from None
     except (json.JSONDecodeError, TypeError) as error:
@@ -808,8 +827,10 @@ def check_args(args):
     inf = math.inf
     limits = dict(
         seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf), state_dim=(1, inf),
-        buffer_size=(4 * args.num_envs, inf), gamma=(0, 1), tau=(0, 1), batch_size=(1, inf),
-        learning_starts=(1, args.buffer_size - 3 * args.num_envs), utd=(0, inf),
+        buffer_size=(5 * args.num_envs, inf), gamma=(0, 1 - 1e-9), tau=(1e-9, 1),
+        batch_size=(1, inf), utd=(0, 1e6),
+        # episodes of a single step fill two rows, one of them a transition
+        learning_starts=(1, args.buffer_size // 2 - 2 * args.num_envs),
         actor_lr=(0, inf), critic_lr=(0, inf), alpha=(1e-9, inf), alpha_lr=(0, inf),
         sequence_length=(1, inf), burn_in=(0, inf), checkpoint_frequency=(1, inf),
         eval_frequency=(0, inf), eval_episodes=(1, inf), num_threads=(1, inf),
@@ -832,6 +853,7 @@ def main():
         check_args(args)
         torch.set_num_threads(args.num_threads)
         torch.set_float32_matmul_precision(args.matmul_precision)
+        torch.backends.cudnn.allow_tf32 = args.matmul_precision != "highest"
         torch.backends.cudnn.deterministic = args.torch_deterministic
         replay(args) if args.evaluate else train(args)
     except (ValueError, FloatingPointError, OSError, ImportError) as error:

@@ -6,7 +6,8 @@
 A row of the CSV is one evaluation: environment, label (--exp-name of the run), script, options
 that were not at their defaults, seed, step, wall seconds since the first entry, mean return of the
 deterministic and of the stochastic policy, versions. The picture has a panel for each environment:
-the mean over seeds as a line, all seeds as a band.
+the mean over seeds as a line, all seeds as a band. Collect where the runs were made: the versions are
+those of the machine that collects.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -68,7 +68,10 @@ def curves(path, column):
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
             seeds = points.setdefault(row["env_id"], {}).setdefault(row["label"], {})
-            seeds.setdefault(row["seed"], {})[int(row["step"])] = float(row[column])
+            seed = seeds.setdefault(row["seed"], {})
+            if int(row["step"]) in seed:
+                raise SystemExit(f"{path}: two runs are {row['label']}, seed {row['seed']}")
+            seed[int(row["step"])] = float(row[column])
     result = {}
     for env_id, labels in points.items():
         for label, seeds in labels.items():
@@ -80,13 +83,12 @@ def curves(path, column):
 
 def plot(path, column):
     """Write the picture beside the CSV, and print the table of final and best returns."""
-    matplotlib.use("Agg")
     data = curves(path, column)
     figure, panels = plt.subplots(
         1, len(data), figsize=(5.2 * len(data), 3.6), squeeze=False, layout="constrained"
     )
     labels = sorted({label for env in data.values() for label in env})
-    colors = dict(zip(labels, plt.get_cmap("tab10").colors))
+    colors = {label: f"C{i}" for i, label in enumerate(labels)}
     for panel, (env_id, methods) in zip(panels[0], data.items()):
         for label, (steps, returns) in methods.items():
             mean, color = returns.mean(0), colors[label]

@@ -257,6 +257,24 @@ def test_transitions_are_drawn_uniformly():
     assert (counts - 400).square().sum() / 400 < k + 5 * (2 * k) ** 0.5
 
 
+def test_a_loss_on_all_rows_does_not_neglect_the_ends_of_episodes():
+    """The last transition of an episode, the only one that terminates, counts half of the average
+    or more; were each drawn transition the last of its sequence, it would count 1 / 16."""
+    steps, length = 60, 16
+    buffer = SequenceBuffer(200, 1, 1, None, 1, 1, torch.device("cpu"))
+    for t in range(3 * (steps + 1)):
+        step = t % (steps + 1)
+        row = torch.full((1, 1), float(step))
+        ends = np.array([step == steps - 1])
+        buffer.add(row, row, row, row, np.zeros(1), ends, np.array([step == 0]))
+    torch.manual_seed(0)
+    batch = buffer.sample(length * 20_000, length, "all", 0, "stored")
+    step = batch.obs[:, 0].long().clamp(max=steps - 1)
+    weight = steps * torch.zeros(steps).index_add(0, step, batch.weight)
+    assert weight[-1] > 0.5 and weight.min() > 0.4 and weight.max() < 2
+    assert 0.9 < weight[length:-length].mean() < 1.2
+
+
 # --- the refresh of the internal state ------------------------------------------------------------
 
 
@@ -344,13 +362,17 @@ def test_sequences_are_consecutive_rows_of_one_episode(
         batch_size = 40 if loss_on == "last" else 40 * length
         batch, draw = draw_with(seed, buffer, batch_size, length, loss_on, burn_in, initial_state)
         place = by_index(stream, written, drawable)
-        drawn = [place[i] for i in draw(40).tolist()]
-        check_sequences(
-            batch, stream, written, drawn, length, loss_on, burn_in, initial_state == "stored"
-        )
+        index = draw(40)
+        drawn = [place[i] for i in index.tolist()]
+        # where the drawn transition is to stand in its sequence
+        limits = [length - 1] * 40
+        if loss_on == "all":
+            limits = torch.randint_like(index, length).tolist()
+        stored = initial_state == "stored"
+        check_sequences(batch, stream, written, drawn, limits, length, loss_on, burn_in, stored)
 
 
-def check_sequences(batch, stream, written, drawn, length, loss_on, burn_in, stored):
+def check_sequences(batch, stream, written, drawn, limits, length, loss_on, burn_in, stored):
     assert batch.all_obs.shape == (length + 1, len(drawn), OBS)
     assert batch.all_a_prev.shape == (length + 1, len(drawn), ACTION)
     assert torch.isclose(batch.weight.sum(), torch.tensor(1.0), atol=1e-5)
@@ -360,7 +382,7 @@ def check_sequences(batch, stream, written, drawn, length, loss_on, burn_in, sto
     starts, counted, warm = [], [], []
     for column, (t, e) in enumerate(drawn):
         before = count_rows_before(stream, written, t, e)
-        depth = min(length - 1, before)
+        depth = min(limits[column], before)
         starts.append((t - depth, e))
         warm.append(burn_in > 0 and before - depth >= burn_in)
         last = depth

@@ -84,7 +84,7 @@ def test_train_resume_evaluate_record_from_the_command_line(script, tmp_path):
     assert len(out.splitlines()) == 1 and run_dir.name in out
     assert "Warning" not in err and "60/60" in err
     assert json.loads((run_dir / "args.json").read_text())["env_kwargs"] == {"horizon": 5}
-    assert list((run_dir / "videos").glob("*.mp4"))
+    assert list((run_dir / "videos").rglob("*.mp4"))
     assert scalars(run_dir, "eval/return_deterministic")[0] == [60]
     assert scalars(run_dir, "eval/return_stochastic")[0] == [60]
     steps, returns = scalars(run_dir, "charts/episodic_return")
@@ -180,7 +180,7 @@ BAD_INPUT = {
     "--hide velocity": "velocity",
     "--num-envs 0": "--num-envs is 0",
     "--gamma 1.5": "--gamma is 1.5",
-    "--buffer-size 100": "--learning-starts",
+    "--buffer-size 1500": "--learning-starts",
     "--utd nan": "--utd is nan",
     "--save-demonstrations demo.npz": "--evaluate",
     "--evaluate nothing": "args.json",

@@ -6,8 +6,8 @@
 A row of the CSV is one evaluation: environment, label (--exp-name of the run), script, options
 that were not at their defaults, seed, step, wall seconds since the first entry, mean return of the
 deterministic and of the stochastic policy, versions. The picture has a panel for each environment:
-the mean over seeds as a line, all seeds as a band. Collect where the runs were made: the versions are
-those of the machine that collects.
+the mean over seeds as a line, all seeds as a band. Collect where the runs were made: the versions
+are those of the machine that collects.
 """
 
 import argparse

@@ -28,6 +28,7 @@ counterpart s2pg_sac.py needs no gradient through time: compare the two with dif
 import collections
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -527,6 +528,9 @@ class BPTTSAC:
         return {f"losses/{name}": value.detach() for name, value in losses.items()}
 
 
+Agent = BPTTSAC  # what `train` and `replay` work with
+
+
 def descend(optimizer, loss):
     """One step of `optimizer`; gradients are computed for its own parameters only."""
     optimizer.zero_grad()
@@ -666,7 +670,7 @@ def train(args):
     videos = f"{run_dir}/videos/training-{time.time():.0f}" if args.capture_video else None
     env = make_env(args, args.num_envs, videos)
     eval_env = make_env(args, min(args.eval_episodes, 8))
-    agent = BPTTSAC(args, *dimensions(env), device)
+    agent = Agent(args, *dimensions(env), device)
     buffer = agent.make_buffer()
     global_step = 0
     if args.resume:
@@ -785,7 +789,7 @@ def replay(args):
         videos = f"{args.evaluate}/videos/evaluation-{time.time():.0f}"
         film = args.capture_video and record
         env = make_env(args, min(args.eval_episodes, 8), videos if film else None)
-        agent = BPTTSAC(args, *dimensions(env), device)
+        agent = Agent(args, *dimensions(env), device)
         load_checkpoint(args.evaluate, agent)
         episodes = evaluate(agent.actor, env, args.eval_episodes, record, args.seed + EVAL_SEED)
         env.close()
@@ -827,20 +831,23 @@ def check_args(args):
     inf = math.inf
     limits = dict(
         seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf), state_dim=(1, inf),
-        buffer_size=(5 * args.num_envs, inf), gamma=(0, 1 - 1e-9), tau=(1e-9, 1),
-        batch_size=(1, inf), utd=(0, 1e6),
+        sequence_length=(1, inf), burn_in=(0, inf), buffer_size=(5 * args.num_envs, inf),
         # episodes of a single step fill two rows, one of them a transition
-        learning_starts=(1, args.buffer_size // 2 - 2 * args.num_envs),
-        actor_lr=(0, inf), critic_lr=(0, inf), alpha=(1e-9, inf), alpha_lr=(0, inf),
-        sequence_length=(1, inf), burn_in=(0, inf), checkpoint_frequency=(1, inf),
-        eval_frequency=(0, inf), eval_episodes=(1, inf), num_threads=(1, inf),
+        learning_starts=(1, args.buffer_size // 2 - 2 * args.num_envs), batch_size=(1, inf),
+        gamma=(0, 1 - 1e-9), tau=(1e-9, 1), utd=(0, 1e6), actor_lr=(0, inf), critic_lr=(0, inf),
+        alpha=(1e-9, inf), alpha_lr=(0, inf), alpha_z=(1e-9, inf), alpha_z_lr=(0, inf),
+        checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
+        num_threads=(1, inf),
     )  # fmt: skip
-    for name, (low, high) in limits.items():
-        if not low <= getattr(args, name) <= high:
+    for name in limits.keys() & vars(args).keys():
+        (low, high), value = limits[name], getattr(args, name)
+        if not low <= value <= high:
             option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} is {getattr(args, name)}; it must be in [{low}, {high}]")
+            raise ValueError(f"{option} is {value}; it must be in [{low}, {high}]")
     if args.resume and args.evaluate:
         raise ValueError("--resume and --evaluate exclude each other")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--track needs Weights and Biases: pip install wandb")
     path = args.save_demonstrations
     if path and not (args.evaluate and path.endswith(".npz")):
         raise ValueError("--save-demonstrations takes a FILE.npz, and --evaluate RUN beside it")
@@ -856,7 +863,7 @@ def main():
         torch.backends.cudnn.allow_tf32 = args.matmul_precision != "highest"
         torch.backends.cudnn.deterministic = args.torch_deterministic
         replay(args) if args.evaluate else train(args)
-    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"{os.path.basename(__file__)}: {error}")
 
 

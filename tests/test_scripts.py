@@ -18,7 +18,6 @@ import s2pg_sac
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = pytest.mark.parametrize("script", [s2pg_sac, bptt_sac], ids=lambda s: s.__name__)
-AGENTS = {s2pg_sac: s2pg_sac.S2PGSAC, bptt_sac: bptt_sac.BPTTSAC}
 # five steps an episode, a few updates, one evaluation
 QUICK = [
     "--env-id", "CueRecall-v0", "--env-kwargs", "horizon", "5", "--learning-starts", "20",
@@ -186,6 +185,7 @@ BAD_INPUT = {
     "--evaluate nothing": "args.json",
     "--resume nothing": "args.json",
     "--resume a --evaluate b": "exclude",
+    "--track": "pip install wandb",
     "--no-such-option": "no-such-option",
 }
 
@@ -281,7 +281,7 @@ def test_every_episode_is_logged_at_its_own_step(script, num_envs, tmp_path, mon
 def test_updates_are_counted_per_environment_step(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     updates = []
-    agent = AGENTS[script]
+    agent = script.Agent
     update = agent.update
     monkeypatch.setattr(agent, "update", lambda *a: updates.append(1) or update(*a))
     script.train(quick_args(script, num_envs=3, utd=0.5, learning_starts=1, total_timesteps=60))
@@ -313,7 +313,7 @@ def test_a_checkpoint_restores_everything(script, tmp_path, monkeypatch):
     saved = load(only_run(tmp_path))
     torch.manual_seed(99)
     env = script.make_env(args, 1)
-    agent = AGENTS[script](args, *script.dimensions(env), torch.device("cpu"))
+    agent = script.Agent(args, *script.dimensions(env), torch.device("cpu"))
     state = script.load_checkpoint(str(only_run(tmp_path)), agent)
     buffer = agent.make_buffer()
     buffer.load_state_dict(dict(state["buffer"]))
@@ -396,9 +396,9 @@ def test_actions_are_recorded_in_the_units_of_the_environment():
 def test_training_resets_memory_and_previous_action_with_the_episode(tmp_path, monkeypatch):
     """An episode of T steps fills T + 1 rows; the next begins with zeros."""
     monkeypatch.chdir(tmp_path)
-    buffers, make = [], s2pg_sac.S2PGSAC.make_buffer
+    buffers, make = [], s2pg_sac.Agent.make_buffer
     monkeypatch.setattr(
-        s2pg_sac.S2PGSAC, "make_buffer", lambda self: buffers.append(make(self)) or buffers[0]
+        s2pg_sac.Agent, "make_buffer", lambda self: buffers.append(make(self)) or buffers[0]
     )
     s2pg_sac.train(quick_args(s2pg_sac, learning_starts=1000 - 3, total_timesteps=50))
     (buffer,) = buffers

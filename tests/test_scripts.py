@@ -185,7 +185,6 @@ BAD_INPUT = {
     "--evaluate nothing": "args.json",
     "--resume nothing": "args.json",
     "--resume a --evaluate b": "exclude",
-    "--track": "pip install wandb",
     "--no-such-option": "no-such-option",
 }
 
@@ -202,6 +201,12 @@ def test_bad_input_is_answered_in_a_sentence(options, says, tmp_path, monkeypatc
     message = code if isinstance(code, str) else capsys.readouterr().err
     assert code not in (None, 0) and says in message
     assert not (tmp_path / "runs").exists()
+
+
+def test_tracking_without_wandb_is_answered_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(s2pg_sac.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        s2pg_sac.check_args(s2pg_sac.Args(track=True))
 
 
 DAMAGE = ["cut", "foreign", "text", "missing", "shapes", "args", "buffer"]

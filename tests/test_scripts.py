@@ -418,6 +418,50 @@ def test_training_resets_memory_and_previous_action_with_the_episode(tmp_path, m
     assert buffer.terminated[:n].nonzero().flatten().tolist() == list(range(4, n, 6))
 
 
+@SCRIPTS
+def test_the_acting_policy_starts_each_episode_with_zeros(script, tmp_path, monkeypatch):
+    """The buffer masks a_prev by itself, so what the policy is given has to be looked at, too."""
+    monkeypatch.chdir(tmp_path)
+    given, actor = [], type(script.Agent(script.Args(), 2, 2, 1, False, "cpu").actor)
+    act = actor.act
+
+    def recording(self, obs, z, a_prev, deterministic=False):
+        given.append((z.clone(), a_prev.clone()))
+        return act(self, obs, z, a_prev, deterministic)
+
+    monkeypatch.setattr(actor, "act", recording)
+    script.train(quick_args(script, eval_episodes=1))
+    for step, (z, a_prev) in enumerate(given[:71]):  # 60 steps and 11 final rows, then evaluation
+        fresh = step % 6 == 0
+        assert bool(z.any()) != fresh and bool(a_prev.any()) != fresh
+
+
+@SCRIPTS
+def test_a_resumed_run_goes_on_with_the_saved_random_state(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script.train(quick_args(script))
+    run_dir = only_run(tmp_path)
+    saved, states = load(run_dir)["rng"], []
+    actor = type(script.Agent(script.Args(), 2, 2, 1, False, "cpu").actor)
+    act = actor.act
+    monkeypatch.setattr(
+        actor, "act", lambda *a: states.append(torch.get_rng_state()) or act(*a)
+    )
+    script.train(quick_args(script, resume=str(run_dir), total_timesteps=65))
+    assert torch.equal(states[0], saved)
+
+
+@SCRIPTS
+def test_weights_that_are_not_finite_are_not_saved(script, tmp_path):
+    agent = script.Agent(quick_args(script), 2, 2, 1, True, torch.device("cpu"))
+    script.save_checkpoint(str(tmp_path), agent, {})
+    good = (tmp_path / "checkpoint.pt").read_bytes()
+    agent.actor.policy_head.weight.data[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"policy_head\.weight is not finite"):
+        script.save_checkpoint(str(tmp_path), agent, {})
+    assert (tmp_path / "checkpoint.pt").read_bytes() == good
+
+
 def test_your_own_environment_trains(tmp_path):
     """`module:Id-v0`, a plain Box observation: the critic sees the same, and z."""
     (tmp_path / "my_robot.py").write_text(

@@ -515,10 +515,10 @@ class BPTTSAC:
         # the two share no parameter, so one step is a step of each
         descend(self.actor_optimizer, pi_loss + alpha_loss)
 
-        # theta' <- theta' + tau (theta - theta')
-        torch._foreach_lerp_(
-            list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau
-        )
+        with torch.no_grad():  # theta' <- theta' + tau (theta - theta')
+            torch._foreach_lerp_(
+                list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau
+            )
 
         losses = dict(
             qf1_values=(batch.weight * q[0]).sum(), qf2_values=(batch.weight * q[1]).sum(),
@@ -828,20 +828,25 @@ def parse_args():
 
 def check_args(args):
     """ValueError for an option that is out of range, or makes no sense beside another."""
-    inf = math.inf
+    inf, buffer_size = math.inf, vars(args).get("buffer_size", 2**62)
     limits = dict(
         seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf), state_dim=(1, inf),
         sequence_length=(1, inf), burn_in=(0, inf), buffer_size=(5 * args.num_envs, inf),
         # episodes of a single step fill two rows, one of them a transition
-        learning_starts=(1, args.buffer_size // 2 - 2 * args.num_envs), batch_size=(1, inf),
+        learning_starts=(1, buffer_size // 2 - 2 * args.num_envs), batch_size=(1, inf),
         gamma=(0, 1 - 1e-9), tau=(1e-9, 1), utd=(0, 1e6), actor_lr=(0, inf), critic_lr=(0, inf),
         alpha=(1e-9, inf), alpha_lr=(0, inf), alpha_z=(1e-9, inf), alpha_z_lr=(0, inf),
+        exploration_noise=(0, inf), exploration_noise_z=(0, inf), policy_noise=(0, inf),
+        noise_clip=(0, inf), policy_frequency=(1, inf), learning_rate=(0, inf),
+        num_steps=(2, inf), num_minibatches=(1, inf), update_epochs=(1, inf), gae_lambda=(0, 1),
+        clip_coef=(1e-9, inf), ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf),
+        target_kl=(0, inf), std=(1e-9, inf), std_z=(1e-9, inf),
         checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
         num_threads=(1, inf),
     )  # fmt: skip
     for name in limits.keys() & vars(args).keys():
         (low, high), value = limits[name], getattr(args, name)
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"{option} is {value}; it must be in [{low}, {high}]")
     if args.resume and args.evaluate:

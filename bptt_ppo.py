@@ -40,13 +40,6 @@ import sys
 import time
 from typing import Literal, NamedTuple
 
-if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    # Between two updates all temporary tensors are freed, but scraps in the thread cache of glibc
-    # keep their memory from merging: the heap of a long CPU run would grow until it is killed. The
-    # cache can be switched off only before a program starts, so this one starts once more.
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.tcache_count=0"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
 import gymnasium as gym
 import numpy as np
 import torch
@@ -341,7 +334,7 @@ def value_loss(value, old_value, returns, clip_coef):
     return 0.5 * error.mean()
 
 
-class Sequences(NamedTuple):
+class RolloutSequences(NamedTuple):
     """B sequences of at most L rows of a rollout, and the M transitions in them."""
 
     obs: torch.Tensor  # [L, B, O], normalised
@@ -451,7 +444,7 @@ class BPTTPPO:
             for index in order.tensor_split(min(args.num_minibatches, len(order))):
                 t, n, mask = times[:, index], places[index], masks[:, index]
                 transitions = (column[t, n][mask] for column in columns)
-                minibatch = Sequences(
+                minibatch = RolloutSequences(
                     obs[t, n], state[t, n], rows["z"][t[0], n], rows["a_prev"][t, n], mask,
                     *transitions,
                 )  # fmt: skip

@@ -39,13 +39,6 @@ import sys
 import time
 from typing import Literal, NamedTuple
 
-if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    # Between two updates all temporary tensors are freed, but scraps in the thread cache of glibc
-    # keep their memory from merging: the heap of a long CPU run would grow until it is killed. The
-    # cache can be switched off only before a program starts, so this one starts once more.
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.tcache_count=0"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
 import gymnasium as gym
 import numpy as np
 import torch

@@ -1,26 +1,27 @@
-"""Milliseconds per gradient step: S2PG-SAC, memoryless SAC, BPTT-SAC, and S2PG's floor.
+"""Speed of all methods, on random data of a task's sizes: one table for each algorithm.
 
     python benchmark/update_time.py --env-id Hopper-v4
-    python benchmark/update_time.py --env-id Humanoid-v4 --device cuda
+    python benchmark/update_time.py --env-id Humanoid-v4 --device cuda --algorithms sac td3
 
-Every method has the sizes of the environment, the same number of transitions in a batch and a full
-step: sampling, critic, actor, temperatures, targets, refresh. The methods take turns, round after
-round, so that a busy machine slows all of them alike; the table gives medians over the rounds, and
-ratios taken within a round. The floor is the time of the matrix products of one S2PG-SAC step
-alone, forward and backward, replayed on the same operands.
+SAC and TD3: milliseconds per gradient step of everything (sampling, critic, actor, temperatures,
+targets, refresh), for S2PG, the same without a memory, and BPTT, all with the same number of
+transitions in a batch. The floor is the time of the matrix products of one S2PG step alone,
+forward and backward, replayed on the same operands. PPO: milliseconds per epoch over a rollout, a
+tenth of an update of ten; and environment steps per second while collecting one, the simulator
+included.
+
+The methods take turns, round after round, so that a busy machine slows all of them alike; a table
+gives medians over the rounds, and ratios taken within a round.
 """
 
 import dataclasses
-import os
+import functools
+import itertools
 import platform
 import sys
 import time
 from pathlib import Path
 from typing import Literal
-
-if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.tcache_count=0"  # as the scripts do, and say why
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 import numpy as np
 import torch
@@ -28,9 +29,11 @@ import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import bptt_ppo
 import bptt_sac
-import envs
+import s2pg_ppo
 import s2pg_sac
+import s2pg_td3
 
 
 @dataclasses.dataclass
@@ -41,10 +44,12 @@ class Args:
     """torch device"""
     batch_size: int = 256
     """transitions in an update"""
+    algorithms: tuple[Literal["sac", "td3", "ppo"], ...] = ("sac", "td3", "ppo")
+    """tables to print"""
     rounds: int = 15
-    """times that each method takes its turn"""
+    """times that each method takes its turn; a third of it for PPO, whose turns are longer"""
     updates: int = 10
-    """updates in a turn"""
+    """updates in a turn of SAC and TD3"""
     num_threads: int = 1
     """CPU threads of torch"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
@@ -133,72 +138,172 @@ def pieces(agent, buffer):
     }
 
 
-def main(args: Args):
-    torch.set_num_threads(args.num_threads)
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    device = torch.device(args.device)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    env = envs.make(args.env_id, hide="velocities")
-    obs_dim, critic_dim = (env.observation_space[key].shape[0] for key in ("policy", "critic"))
-    action_dim = env.action_space.shape[0]
+def fill_rollout(agent, rollout, sizes, episode_length=1000):
+    """Rows of random observations, with what the agent does there and episodes of 1000 steps."""
+    n, (obs_dim, critic_dim, action_dim) = rollout.first.shape[1], sizes
+    z = torch.zeros(n, agent.z_dim, device=agent.device)
+    a_prev = torch.zeros(n, action_dim, device=agent.device)
+    for step in range(len(rollout.first)):
+        obs, critic_obs = torch.randn(n, obs_dim), torch.randn(n, critic_dim)
+        action, z_next, log_prob, value = agent.act(obs, critic_obs, z, a_prev)
+        rollout.add(
+            obs=obs, critic_obs=critic_obs, z=z, a_prev=a_prev, action=action, log_prob=log_prob,
+            value=value, reward=torch.randn(n), terminated=torch.zeros(n, dtype=torch.bool),
+            first=torch.full((n,), step % (episode_length + 1) == 0),
+        )  # fmt: skip
+        z, a_prev = z_next, action.clamp(-1, 1)
 
-    options = dict(batch_size=args.batch_size, buffer_size=20_000)
-    bptt = {
-        f"BPTT-SAC, L = {length:2d}, {loss_on}": dict(sequence_length=length, loss_on=loss_on)
-        for length, loss_on in [(5, "last"), (32, "last"), (64, "last"), (32, "all"), (64, "all")]
-    }
-    s2pg = {"memoryless SAC": dict(memoryless=True), "S2PG-SAC": {}}
-    steps, agents = {}, {}
-    for script, agent_class, variants in [
-        (s2pg_sac, s2pg_sac.S2PGSAC, s2pg),
-        (bptt_sac, bptt_sac.BPTTSAC, bptt),
-    ]:
-        for name, variant in variants.items():
-            variant_args = script.Args(**options, **variant)
-            agent = agent_class(variant_args, obs_dim, critic_dim, action_dim, True, device)
-            buffer = fill(agent.make_buffer(), 10_000, action_dim)
-            steps[name] = lambda agent=agent, buffer=buffer: agent.update(buffer)
-            agents[name] = agent, buffer
 
-    agent, buffer = agents["S2PG-SAC"]
-    with RecordMatmuls() as record:
-        agent.update(buffer)
+def off_policy(script, bptt, sizes, args):
+    """{method: a gradient step} of S2PG, memoryless and BPTT; the agent and buffer of S2PG."""
+    variants = {"memoryless": (script, dict(memoryless=True)), "S2PG": (script, {})}
+    if bptt is not None:
+        for length, loss_on in [(5, "last"), (32, "last"), (64, "last"), (32, "all"), (64, "all")]:
+            variant = dict(sequence_length=length, loss_on=loss_on)
+            variants[f"BPTT, L = {length}, {loss_on}"] = bptt, variant
+    steps = {}
+    for name, (module, variant) in variants.items():
+        options = module.Args(batch_size=args.batch_size, buffer_size=20_000, **variant)
+        agent = module.Agent(options, *sizes, True, torch.device(args.device))
+        buffer = fill(agent.make_buffer(), 10_000, sizes[-1])
+        steps[name] = functools.partial(agent.update, buffer)
+        if name == "S2PG":
+            s2pg = agent, buffer
+    return steps, *s2pg
 
-    def floor():
-        for function, operands in record.calls:
+
+def matrix_products(agent, buffer, updates=2):
+    """The matrix products of as many updates, each to be replayed in turn, and their GFLOP."""
+    calls = []
+    for _ in range(updates):  # TD3's updates differ: each second one moves the actor, too
+        with RecordMatmuls() as record:
+            agent.update(buffer)
+        calls.append(record.calls)
+    turns = itertools.cycle(calls)
+
+    def replay():
+        for function, operands in next(turns):
             function(*operands)
 
-    steps["S2PG-SAC, matrix products alone"] = floor
-    for name, step in pieces(agent, buffer).items():
-        steps[f"S2PG-SAC, {name}"] = step
+    return replay, sum(map(gigaflops, calls)) / updates
 
+
+def on_policy(sizes, args):
+    """{method: ten epochs over a rollout} of S2PG, memoryless and BPTT."""
+    variants = {"memoryless": (s2pg_ppo, dict(memoryless=True)), "S2PG": (s2pg_ppo, {})}
+    for length in (16, 64, 256):
+        variants[f"BPTT, L = {length:3d}"] = bptt_ppo, dict(sequence_length=length)
+    steps = {}
+    for name, (module, variant) in variants.items():
+        agent = module.Agent(module.Args(**variant), *sizes, True, torch.device(args.device))
+        rollout = agent.make_rollout()
+        fill_rollout(agent, rollout, sizes)
+
+        def step(agent=agent, rollout=rollout):
+            rollout.length = len(rollout.first)  # an update takes the rows for used
+            agent.update(rollout)
+
+        steps[name] = step
+    return steps
+
+
+def rollouts(args, num_envs, rows=512):
+    """{method: collect 512 rows} in `num_envs` environments."""
+    variants = {"memoryless": (s2pg_ppo, dict(memoryless=True)), "S2PG": (s2pg_ppo, {})}
+    variants["BPTT"] = bptt_ppo, {}
+    steps = {}
+    for name, (module, variant) in variants.items():
+        options = module.Args(
+            env_id=args.env_id, hide="velocities", privileged_critic=True, num_envs=num_envs,
+            num_steps=rows // num_envs, **variant,
+        )  # fmt: skip
+        env = module.make_env(options, num_envs)
+        agent = module.Agent(options, *module.dimensions(env), torch.device(args.device))
+        steps[name] = functools.partial(collect, agent, env, agent.make_rollout())
+    return steps
+
+
+def collect(agent, env, rollout):
+    """Fill a rollout, as `train` does."""
+    n, device = env.num_envs, agent.device
+    obs, _ = env.reset()
+    z = torch.zeros(n, agent.z_dim, device=device)
+    a_prev = torch.zeros(n, agent.action_dim, device=device)
+    first, final = np.ones(n, dtype=bool), np.zeros(n, dtype=bool)
+    for _ in range(len(rollout.first) - 1):
+        action, z_next, log_prob, value = agent.act(obs["policy"], obs["critic"], z, a_prev)
+        clipped = action.clamp(-1, 1)
+        next_obs, reward, terminated, truncated, _ = env.step(clipped.cpu().numpy())
+        rollout.add(
+            obs=obs["policy"], critic_obs=obs["critic"], z=z, a_prev=a_prev, action=action,
+            log_prob=log_prob, value=value, reward=reward, terminated=terminated, first=first,
+        )  # fmt: skip
+        keep = torch.as_tensor(~final, device=device).unsqueeze(-1)
+        z, a_prev = z_next * keep, clipped * keep
+        obs, first, final = next_obs, final, terminated | truncated
+    rollout.clear()
+
+
+def take_turns(steps, rounds, repeats, synchronize):
+    """{method: milliseconds of one step [rounds]}."""
     milliseconds = {name: [] for name in steps}
-    for turn in range(args.rounds + 1):
+    for turn in range(rounds + 1):
         for name, step in steps.items():
             synchronize()
             begin = time.perf_counter()
-            for _ in range(args.updates):
+            for _ in range(repeats):
                 step()
             synchronize()
             if turn > 0:  # the first warms up
-                milliseconds[name].append(1e3 * (time.perf_counter() - begin) / args.updates)
+                milliseconds[name].append(1e3 * (time.perf_counter() - begin) / repeats)
+    return {name: np.array(times) for name, times in milliseconds.items()}
 
-    if device.type == "cuda":
+
+def print_table(title, milliseconds):
+    """Medians, and the ratios to the memoryless method and to S2PG."""
+    print(f"\n{title:38s} {'median':>7s} {'x memoryless':>13s} {'x S2PG':>7s}")
+    for name, times in milliseconds.items():
+        ratios = [np.median(times / milliseconds[base]) for base in ("memoryless", "S2PG")]
+        print(f"{name:38s} {np.median(times):7.2f} {ratios[0]:13.2f} {ratios[1]:7.2f}")
+
+
+def main(args: Args):
+    torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    synchronize = torch.cuda.synchronize if "cuda" in args.device else lambda: None
+    env = s2pg_sac.make_env(s2pg_sac.Args(env_id=args.env_id, hide="velocities"), 1)
+    *sizes, _ = s2pg_sac.dimensions(env)
+    if "cuda" in args.device:
         hardware = torch.cuda.get_device_name()
     else:
         hardware = f"{cpu_name()}, {args.num_threads} thread(s)"
     versions = f"torch {torch.__version__}, matmul precision {args.matmul_precision}"
-    sizes = f"o {obs_dim}, s {critic_dim}, a {action_dim}, batch {args.batch_size}"
-    print(f"{args.env_id} ({sizes}) on {hardware}; {versions}\n")
-    print(f"{'ms per gradient step':34s} {'median':>7s} {'x memoryless':>13s} {'x S2PG':>7s}")
-    milliseconds = {name: np.array(times) for name, times in milliseconds.items()}
-    for name, times in milliseconds.items():
-        ratios = [np.median(times / milliseconds[base]) for base in s2pg]
-        print(f"{name:34s} {np.median(times):7.2f} {ratios[0]:13.2f} {ratios[1]:7.2f}")
-    ratio = np.median(milliseconds["S2PG-SAC"] / milliseconds["S2PG-SAC, matrix products alone"])
-    work = f"{len(record.calls)} products, {gigaflops(record.calls):.2f} GFLOP"
-    print(f"\nS2PG-SAC takes {ratio:.2f} x its floor ({work})")
-    print(f"replay buffer of 1e6 rows: {buffer_bytes(agent, 1_000_000) / 1e9:.2f} GB")
+    print("{} (o {}, s {}, a {})".format(args.env_id, *sizes), f"on {hardware}; {versions}")
+
+    for algorithm, script, bptt in [("sac", s2pg_sac, bptt_sac), ("td3", s2pg_td3, None)]:
+        if algorithm not in args.algorithms:
+            continue
+        steps, agent, buffer = off_policy(script, bptt, sizes, args)
+        replay, work = matrix_products(agent, buffer)
+        steps["S2PG, matrix products alone"] = replay
+        if algorithm == "sac":
+            steps |= {f"S2PG, {name}": step for name, step in pieces(agent, buffer).items()}
+        times = take_turns(steps, args.rounds, args.updates, synchronize)
+        title = f"{algorithm.upper()}, ms per gradient step of {args.batch_size}"
+        print_table(title, times)
+        ratio = np.median(times["S2PG"] / times["S2PG, matrix products alone"])
+        print(f"S2PG takes {ratio:.2f} x its floor ({work:.2f} GFLOP)")
+        print(f"replay buffer of 1e6 rows: {buffer_bytes(agent, 1_000_000) / 1e9:.2f} GB")
+
+    if "ppo" in args.algorithms:
+        times = take_turns(on_policy(sizes, args), max(1, args.rounds // 3), 1, synchronize)
+        epochs = s2pg_ppo.Args.update_epochs
+        print_table("PPO, ms per epoch over 2048 rows", {k: v / epochs for k, v in times.items()})
+        for num_envs in (1, 4, 16):
+            times = take_turns(rollouts(args, num_envs), args.rounds, 1, synchronize)
+            print_table(f"PPO, ms to collect 512 rows, {num_envs} envs", times)
+            speeds = [f"{k} {512e3 / np.median(v):.0f}" for k, v in times.items()]
+            print(f"rows per second: {', '.join(speeds)}")
 
 
 def cpu_name():

@@ -16,6 +16,9 @@ MAY_DIFFER = {
     "TUNED": "and their values for a task",
     "Agent": "each script trains its own",
 }
+FAMILIES_DIFFER = {
+    "train": "on-policy scripts learn from rollouts, off-policy ones from a replay buffer",
+}
 
 
 def definitions(path):
@@ -31,11 +34,17 @@ def definitions(path):
     return texts
 
 
+def on_policy(path):
+    return path.stem.endswith("ppo")
+
+
 @pytest.mark.parametrize("one, other", list(combinations(SCRIPTS, 2)), ids=lambda path: path.stem)
 def test_one_name_is_one_text(one, other):
     first, second = definitions(one), definitions(other)
     shared = (first.keys() & second.keys()) - MAY_DIFFER.keys()
-    assert len(shared) > 15, "the comparison has lost its subject"
+    if on_policy(one) != on_policy(other):
+        shared -= FAMILIES_DIFFER.keys()
+    assert len(shared) > 10, "the comparison has lost its subject"
     for name in sorted(shared):
         assert first[name] == second[name], f"{name} differs between {one.name} and {other.name}"
 
@@ -51,20 +60,29 @@ def test_scripts_import_no_other_script(path):
     assert not imported & {script.stem for script in SCRIPTS}
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_options_shared_with_another_script_have_the_same_default(path):
+# Options whose defaults may differ between algorithms, but not between S2PG and its baseline.
+TUNING = {"actor_lr", "privileged_critic", "sequence_length"}
+
+
+@pytest.mark.parametrize("one, other", list(combinations(SCRIPTS, 2)), ids=lambda path: path.stem)
+def test_shared_options_have_the_same_default(one, other):
     """A baseline with another learning rate or target would be no baseline."""
 
     def defaults(script):
         definitions = ast.parse(script.read_text()).body
         (args,) = [node for node in definitions if getattr(node, "name", "") == "Args"]
-        fields = [node for node in args.body if isinstance(node, ast.AnnAssign)]
-        return {field.target.id: ast.unparse(field.value) for field in fields}
+        return {
+            node.target.id: ast.unparse(node.value)
+            for node in args.body
+            if isinstance(node, ast.AnnAssign)
+        }
 
-    mine = defaults(path)
-    for theirs in map(defaults, SCRIPTS):
-        shared = mine.keys() & theirs.keys()
-        assert {name: theirs[name] for name in shared} == {name: mine[name] for name in shared}
+    mine, theirs = defaults(one), defaults(other)
+    shared = mine.keys() & theirs.keys()
+    if one.stem.split("_")[1] != other.stem.split("_")[1]:
+        shared -= TUNING
+    assert len(shared) > 20
+    assert {name: mine[name] for name in shared} == {name: theirs[name] for name in shared}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)

@@ -13,16 +13,26 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import bptt_ppo
 import bptt_sac
+import s2pg_ppo
 import s2pg_sac
+import s2pg_td3
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = pytest.mark.parametrize("script", [s2pg_sac, bptt_sac], ids=lambda s: s.__name__)
+OFF_POLICY, ON_POLICY = (s2pg_sac, bptt_sac, s2pg_td3), (s2pg_ppo, bptt_ppo)
+
+
+def each(*scripts):
+    return pytest.mark.parametrize("script", scripts, ids=lambda script: script.__name__)
+
+
 # five steps an episode, a few updates, one evaluation
-QUICK = [
-    "--env-id", "CueRecall-v0", "--env-kwargs", "horizon", "5", "--learning-starts", "20",
-    "--batch-size", "16", "--buffer-size", "1000", "--eval-episodes", "2",
-]  # fmt: skip
+TASK = dict(env_id="CueRecall-v0", env_kwargs=dict(horizon=5), eval_episodes=2)
+QUICK = {
+    script: TASK | dict(learning_starts=20, batch_size=16, buffer_size=1000)
+    for script in OFF_POLICY
+} | {script: TASK | dict(num_steps=18, num_minibatches=3, update_epochs=2) for script in ON_POLICY}
 
 
 def start(script, *options, cwd):
@@ -40,11 +50,16 @@ def run(script, *options, cwd):
 
 
 def quick_args(script, **options):
-    defaults = dict(
-        env_id="CueRecall-v0", env_kwargs=dict(horizon=5), learning_starts=20, batch_size=16,
-        buffer_size=1000, eval_episodes=2, total_timesteps=60,
-    )  # fmt: skip
-    return script.Args(**(defaults | options))
+    return script.Args(**(QUICK[script] | dict(total_timesteps=60) | options))
+
+
+def quick_options(script):
+    """The same for the command line."""
+    options = []
+    for name, value in QUICK[script].items():
+        values = [x for item in value.items() for x in item] if name == "env_kwargs" else [value]
+        options += ["--" + name.replace("_", "-"), *map(str, values)]
+    return options
 
 
 def only_run(path):
@@ -73,11 +88,26 @@ def flat(state):
     return {f"{k}/{path}": t for k, v in nested.items() for path, t in flat(v).items()}
 
 
-@SCRIPTS
+ROLLOUT_LOSSES = [
+    "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl",
+    "losses/old_approx_kl", "losses/clipfrac", "losses/explained_variance", "charts/learning_rate",
+]  # fmt: skip
+LOGGED = {
+    s2pg_sac: ["losses/qf_loss", "losses/actor_loss", "losses/alpha", "losses/alpha_z"],
+    bptt_sac: ["losses/qf_loss", "losses/actor_loss", "losses/alpha"],
+    s2pg_td3: ["losses/qf_loss", "losses/actor_loss", "losses/qf1_values"],
+    s2pg_ppo: ROLLOUT_LOSSES,
+    bptt_ppo: ROLLOUT_LOSSES,
+}
+
+
+@each(*OFF_POLICY, *ON_POLICY)
 def test_train_resume_evaluate_record_from_the_command_line(script, tmp_path):
+    save_buffer = ["--save-buffer"] if script in OFF_POLICY else []
     status, out, err = run(
-        script, *QUICK, "--total-timesteps", 60, "--capture-video", "--save-buffer", cwd=tmp_path
-    )
+        script, *quick_options(script), "--total-timesteps", 60, "--capture-video", *save_buffer,
+        cwd=tmp_path,
+    )  # fmt: skip
     assert status == 0, err
     run_dir = only_run(tmp_path)
     assert len(out.splitlines()) == 1 and run_dir.name in out
@@ -97,8 +127,10 @@ def test_train_resume_evaluate_record_from_the_command_line(script, tmp_path):
     assert only_run(tmp_path) == run_dir and load(run_dir)["global_step"] == 120
     steps, _ = scalars(run_dir, "charts/episodic_return")
     assert steps == list(range(5, 121, 5))
-    for name in ("losses/qf_loss", "losses/actor_loss", "losses/alpha", "charts/SPS"):
-        assert scalars(run_dir, name)[0] == [100]
+    for name in [*LOGGED[script], "charts/SPS"]:
+        steps, _ = scalars(run_dir, name)
+        # off-policy scripts log each 100 steps; three rollouts of 18 rows hold 15 steps each
+        assert steps == ([100] if script in OFF_POLICY else [15, 30, 45, 60, 75, 90, 105, 120])
 
     status, out, err = run(
         script, "--evaluate", run_dir, "--eval-episodes", 3, "--save-demonstrations", "demo.npz",
@@ -120,17 +152,16 @@ def test_train_resume_evaluate_record_from_the_command_line(script, tmp_path):
         assert made_by["seed"] == 1 and made_by["exp_name"] == script.__name__
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_resumes(signum, tmp_path):
-    process = start(
-        s2pg_sac, *QUICK, "--total-timesteps", 10**6, "--checkpoint-frequency", 50, cwd=tmp_path
-    )
+def kill(script, signum, cwd):
+    """Kill a run after its first checkpoint; returns its folder and the step it has saved."""
+    options = "--total-timesteps", 10**6, "--checkpoint-frequency", 50
+    process = start(script, *quick_options(script), *options, cwd=cwd)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/*/checkpoint.pt")) and time.monotonic() < deadline:
+    while not list(cwd.glob("runs/*/checkpoint.pt")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signum)
     out, _ = process.communicate(timeout=60)
-    run_dir = only_run(tmp_path)
+    run_dir = only_run(cwd)
     step = load(run_dir)["global_step"]
     assert step >= 50
     if signum == signal.SIGKILL:
@@ -138,7 +169,12 @@ def test_a_killed_run_resumes(signum, tmp_path):
     else:
         assert process.returncode == 128 + signum
         assert f"stopped at step {step}" in out and run_dir.name in out
+    return run_dir, step
 
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_resumes(signum, tmp_path):
+    run_dir, step = kill(s2pg_sac, signum, tmp_path)
     # without a saved buffer, `learning_starts` transitions come before the next update
     before = flat(load(run_dir)["parts"]["critic"])
     args = ["--resume", run_dir, "--eval-episodes", 1]
@@ -153,16 +189,33 @@ def test_a_killed_run_resumes(signum, tmp_path):
     assert load(run_dir)["global_step"] == step + 60
 
 
-@SCRIPTS
+@each(s2pg_td3, *ON_POLICY)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_runs_of_other_scripts_resume(script, signum, tmp_path):
+    run_dir, step = kill(script, signum, tmp_path)
+    before = flat(load(run_dir)["parts"]["actor"])
+    status, _, err = run(
+        script, "--resume", run_dir, "--eval-episodes", 1, "--total-timesteps", step + 60,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert status == 0, err
+    assert load(run_dir)["global_step"] == step + 60
+    after = flat(load(run_dir)["parts"]["actor"])
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+@each(*OFF_POLICY, *ON_POLICY)
 def test_losses_that_blow_up_stop_the_run_and_spare_the_checkpoint(script, tmp_path):
-    status, _, err = run(script, *QUICK, "--total-timesteps", 100, cwd=tmp_path)
+    status, _, err = run(script, *quick_options(script), "--total-timesteps", 100, cwd=tmp_path)
     assert status == 0, err
     run_dir = only_run(tmp_path)
     good = (run_dir / "checkpoint.pt").read_bytes()
+    lr = ["--critic-lr", 1e38, "--actor-lr", 1e38]
+    if script in ON_POLICY:
+        lr = ["--learning-rate", 1e38]
     status, _, err = run(
-        script, "--resume", run_dir, "--total-timesteps", 10_000, "--critic-lr", "1e38",
-        "--actor-lr", "1e38", cwd=tmp_path,
-    )  # fmt: skip
+        script, "--resume", run_dir, "--total-timesteps", 10_000, *lr, cwd=tmp_path
+    )
     assert status == 1
     message = err.splitlines()[-1]
     assert message.startswith(script.__name__) and "is not finite" in message
@@ -241,23 +294,38 @@ def test_an_unusable_run_is_a_clear_error(damage, tmp_path, monkeypatch):
     assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
 
 
+MEMORY = [dict(rnn="lstm"), dict(rnn="rnn"), dict(memoryless=True), dict(privileged_critic=False)]
 OPTIONS = {
-    s2pg_sac: [
-        dict(kernel="official"), dict(rnn="lstm"), dict(rnn="rnn"), dict(memoryless=True),
-        dict(critic_sees_z=True), dict(privileged_critic=False), dict(refresh=False),
+    s2pg_sac: MEMORY + [
+        dict(kernel="official"), dict(critic_sees_z=True), dict(refresh=False),
+        dict(alpha_lr=0.0), dict(alpha_z_lr=0.0),
     ],
     bptt_sac: [
         dict(loss_on="last", sequence_length=3), dict(sequence_length=1), dict(burn_in=2),
         dict(burn_in=2, rnn="lstm", initial_state="zero"), dict(rnn="rnn", loss_on="last"),
-        dict(privileged_critic=False), dict(critic_sees_h=True),
+        dict(privileged_critic=False), dict(critic_sees_h=True), dict(alpha_lr=0.0),
+    ],
+    s2pg_td3: MEMORY + [
+        dict(critic_sees_z=True), dict(refresh=False), dict(policy_frequency=1),
+        dict(exploration_noise=0.0, exploration_noise_z=0.0, policy_noise=0.0, noise_clip=0.0),
+    ],
+    s2pg_ppo: MEMORY + [
+        dict(privileged_critic=True), dict(anneal_lr=False), dict(norm_adv=False),
+        dict(clip_vloss=False, ent_coef=0.1), dict(target_kl=0.0), dict(num_steps=2),
+        dict(num_minibatches=100), dict(num_steps=1000),
+    ],
+    bptt_ppo: [
+        dict(rnn="lstm", sequence_length=3), dict(rnn="rnn", sequence_length=1),
+        dict(privileged_critic=True, sequence_length=4, num_minibatches=100), dict(num_steps=2),
     ],
 }  # fmt: skip
 COMMON = [
-    dict(num_envs=3), dict(utd=0.5), dict(utd=2.0), dict(alpha_lr=0.0), dict(eval_frequency=25),
+    dict(num_envs=3), dict(eval_frequency=25),
     dict(env_id="Hopper-v5", env_kwargs={}, hide="positions", random_bodies=True, wind=True),
     dict(env_id="PointMassDoor-v0", env_kwargs={}, eval_episodes=1),
 ]  # fmt: skip
-CASES = [(s, options) for s in OPTIONS for options in COMMON + OPTIONS[s]]
+REPLAY = {script: [dict(utd=0.5), dict(utd=2.0)] for script in OFF_POLICY}
+CASES = [(s, o) for s in OPTIONS for o in COMMON + REPLAY.get(s, []) + OPTIONS[s]]
 
 
 @pytest.mark.parametrize("script, options", CASES, ids=lambda x: str(getattr(x, "__name__", x)))
@@ -271,7 +339,7 @@ def test_every_option_trains_saves_and_loads(script, options, tmp_path, monkeypa
     script.replay(args)
 
 
-@SCRIPTS
+@each(*OFF_POLICY, *ON_POLICY)
 @pytest.mark.parametrize("num_envs", [1, 2, 3])
 def test_every_episode_is_logged_at_its_own_step(script, num_envs, tmp_path, monkeypatch):
     """Environments that finish together do not overwrite one another; autoreset is no step."""
@@ -282,7 +350,7 @@ def test_every_episode_is_logged_at_its_own_step(script, num_envs, tmp_path, mon
     assert set(lengths) == {5} and max(steps) == 60
 
 
-@SCRIPTS
+@each(*OFF_POLICY)
 def test_updates_are_counted_per_environment_step(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     updates = []
@@ -294,7 +362,7 @@ def test_updates_are_counted_per_environment_step(script, tmp_path, monkeypatch)
     assert len(updates) == (60 - 3) * 0.5 // 1
 
 
-@SCRIPTS
+@each(*OFF_POLICY, *ON_POLICY)
 def test_a_seed_decides_the_run_and_evaluation_does_not_disturb_it(script, tmp_path, monkeypatch):
     weights = []
     for name, options in dict(
@@ -309,32 +377,46 @@ def test_a_seed_decides_the_run_and_evaluation_does_not_disturb_it(script, tmp_p
     assert not all(torch.equal(first[k], other[k]) for k in first)
 
 
-@SCRIPTS
+NORMALIZERS = [
+    "parts/actor/normalizer.mean", "parts/critic/normalizer.var", "parts/critic/returns.count"
+]  # fmt: skip
+SAVED = {
+    s2pg_sac: ["parts/target_critic", "tensors/log_alpha", "tensors/log_alpha_z"],
+    bptt_sac: ["parts/target_critic", "tensors/log_alpha"],
+    s2pg_td3: ["parts/target_critic", "parts/target_actor", "tensors/updates"],
+    s2pg_ppo: NORMALIZERS,
+    bptt_ppo: NORMALIZERS,
+}
+
+
+@each(*OFF_POLICY, *ON_POLICY)
 def test_a_checkpoint_restores_everything(script, tmp_path, monkeypatch):
-    """Networks, target, optimisers, temperatures, step, random state and buffer."""
+    """Networks, targets, optimisers, temperatures, normalisers, step, random state and buffer."""
     monkeypatch.chdir(tmp_path)
-    args = quick_args(script, save_buffer=True)
+    saves_buffer = dict(save_buffer=True) if script in OFF_POLICY else {}
+    args = quick_args(script, **saves_buffer)
     script.train(args)
     saved = load(only_run(tmp_path))
     torch.manual_seed(99)
     env = script.make_env(args, 1)
     agent = script.Agent(args, *script.dimensions(env), torch.device("cpu"))
     state = script.load_checkpoint(str(only_run(tmp_path)), agent)
-    buffer = agent.make_buffer()
-    buffer.load_state_dict(dict(state["buffer"]))
-    script.save_checkpoint(str(tmp_path), agent, dict(
-        global_step=state["global_step"], rng=state["rng"], buffer=buffer.state_dict()
-    ))  # fmt: skip
+    rest = dict(global_step=state["global_step"], rng=state["rng"])
+    if saves_buffer:
+        buffer = agent.make_buffer()
+        buffer.load_state_dict(dict(state["buffer"]))
+        rest["buffer"] = buffer.state_dict()
+    script.save_checkpoint(str(tmp_path), agent, rest)
     again = flat(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
     assert again.keys() == flat(saved).keys()
     names = " ".join(again)
-    for part in ("parts/actor", "parts/critic", "parts/target_critic", "exp_avg_sq",
-                 "tensors/log_alpha", "rng", "buffer/z", "buffer/transitions"):  # fmt: skip
+    parts = ["parts/actor", "parts/critic", "exp_avg_sq", "rng", *SAVED[script]]
+    for part in parts + ["buffer/z", "buffer/transitions"] * bool(saves_buffer):
         assert part in names, part
     assert all(torch.equal(again[k], flat(saved)[k]) for k in again)
 
 
-@SCRIPTS
+@each(*OFF_POLICY, *ON_POLICY)
 def test_tuned_options_come_between_the_defaults_and_the_command_line(script, monkeypatch):
     def parse(*options):
         monkeypatch.setattr(sys, "argv", [script.__name__, *options])
@@ -343,7 +425,9 @@ def test_tuned_options_come_between_the_defaults_and_the_command_line(script, mo
     assert parse().hide == "velocities"  # the default task is a hidden-velocity one
     args = parse("--env-id", "Humanoid-v4")
     assert {k: getattr(args, k) for k in script.TUNED["Humanoid"]} == script.TUNED["Humanoid"]
-    assert parse("--env-id", "Humanoid-v4", "--critic-lr", "0.5").critic_lr == 0.5
+    name = next(name for name in script.TUNED["Humanoid"] if name != "hide")
+    args = parse("--env-id", "Humanoid-v4", "--" + name.replace("_", "-"), "0.5")
+    assert getattr(args, name) == 0.5
     assert parse("--env-id", "CueRecall-100-v0").hide == "none"
     args = parse("--env-kwargs", "horizon", "7", "sparse", "True", "scale", "0.5")
     assert args.env_kwargs == dict(horizon=7, sparse=True, scale=0.5)
@@ -418,46 +502,52 @@ def test_training_resets_memory_and_previous_action_with_the_episode(tmp_path, m
     assert buffer.terminated[:n].nonzero().flatten().tolist() == list(range(4, n, 6))
 
 
-@SCRIPTS
+def spy_on_acting(script, monkeypatch, record):
+    """Calls `record(z, a_prev)` before each action of the training loop."""
+    cls = script.Agent
+    if script in OFF_POLICY:
+        cls = type(script.Agent(script.Args(), 2, 2, 1, False, "cpu").actor)
+    act = cls.act
+
+    def spy(self, *given):
+        record(*[x for x in given if torch.is_tensor(x)][-2:])
+        return act(self, *given)
+
+    monkeypatch.setattr(cls, "act", spy)
+
+
+@each(*OFF_POLICY, *ON_POLICY)
 def test_the_acting_policy_starts_each_episode_with_zeros(script, tmp_path, monkeypatch):
     """The buffer masks a_prev by itself, so what the policy is given has to be looked at, too."""
     monkeypatch.chdir(tmp_path)
-    given, actor = [], type(script.Agent(script.Args(), 2, 2, 1, False, "cpu").actor)
-    act = actor.act
-
-    def recording(self, obs, z, a_prev, deterministic=False):
-        given.append((z.clone(), a_prev.clone()))
-        return act(self, obs, z, a_prev, deterministic)
-
-    monkeypatch.setattr(actor, "act", recording)
-    script.train(quick_args(script, eval_episodes=1))
+    given = []
+    spy_on_acting(script, monkeypatch, lambda z, a: given.append((z.clone(), a.clone())))
+    rollout = dict(num_steps=1000) if script in ON_POLICY else {}  # the value of a last row: no act
+    script.train(quick_args(script, eval_episodes=1, **rollout))
     for step, (z, a_prev) in enumerate(given[:71]):  # 60 steps and 11 final rows, then evaluation
         fresh = step % 6 == 0
         assert bool(z.any()) != fresh and bool(a_prev.any()) != fresh
 
 
-@SCRIPTS
+@each(*OFF_POLICY, *ON_POLICY)
 def test_a_resumed_run_goes_on_with_the_saved_random_state(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script.train(quick_args(script))
     run_dir = only_run(tmp_path)
     saved, states = load(run_dir)["rng"], []
-    actor = type(script.Agent(script.Args(), 2, 2, 1, False, "cpu").actor)
-    act = actor.act
-    monkeypatch.setattr(
-        actor, "act", lambda *a: states.append(torch.get_rng_state()) or act(*a)
-    )
+    spy_on_acting(script, monkeypatch, lambda *_: states.append(torch.get_rng_state()))
     script.train(quick_args(script, resume=str(run_dir), total_timesteps=65))
     assert torch.equal(states[0], saved)
 
 
-@SCRIPTS
+@each(*OFF_POLICY, *ON_POLICY)
 def test_weights_that_are_not_finite_are_not_saved(script, tmp_path):
     agent = script.Agent(quick_args(script), 2, 2, 1, True, torch.device("cpu"))
     script.save_checkpoint(str(tmp_path), agent, {})
     good = (tmp_path / "checkpoint.pt").read_bytes()
-    agent.actor.policy_head.weight.data[0, 0] = torch.nan
-    with pytest.raises(FloatingPointError, match=r"policy_head\.weight is not finite"):
+    name, weight = list(agent.actor.named_parameters())[-1]
+    weight.data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=f"{name} is not finite"):
         script.save_checkpoint(str(tmp_path), agent, {})
     assert (tmp_path / "checkpoint.pt").read_bytes() == good
 
@@ -481,9 +571,8 @@ def test_your_own_environment_trains(tmp_path):
         "gym.register('Robot-v0', entry_point=Robot)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "s2pg_sac.py"), *QUICK, "--env-id", "my_robot:Robot-v0"]
-    del command[command.index("--env-kwargs") : command.index("--env-kwargs") + 3]
-    command += ["--total-timesteps", "60"]
+    command = [sys.executable, str(ROOT / "s2pg_sac.py"), "--env-id", "my_robot:Robot-v0"]
+    command += ["--total-timesteps", "60", "--learning-starts", "20", "--eval-episodes", "2"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert set(scalars(only_run(tmp_path), "charts/episodic_return")[1]) == {7.0}

@@ -1,0 +1,323 @@
+"""The variance study: its estimators, its bounds and its closed forms on small cases.
+
+Everything is in float64 with fixed seeds. A mean is compared with its exact value in units of its
+own standard error, and is shown to be sharp enough to reject the value of the other estimator.
+"""
+
+import csv
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmark import variance
+
+ESTIMATORS = ["S2PG", "BPTT"]
+PRECISION = variance.ACTION_STD**-2
+
+
+def bound(estimator, T, z_n, memory_std):
+    if estimator == "S2PG":
+        return variance.s2pg_bound(T, PRECISION, memory_std**-2)
+    return variance.bptt_bound(T, z_n, PRECISION)
+
+
+def trace_variance(estimator, T, z_n, memory_std, n=2000):
+    rng = np.random.default_rng(0)
+    estimates = variance.gradients(estimator, n, T, z_n, memory_std, rng)[-1]
+    return estimates.var(0).sum()
+
+
+def standard_errors(samples, exact):
+    """How far the mean of `samples` [n, ...] is from `exact` [...], in standard errors."""
+    error = samples.std(0) / math.sqrt(len(samples))
+    return (samples.mean(0) - exact) / error, error
+
+
+# --- the exact gradient ---------------------------------------------------------------------------
+
+
+def quadrature_gradient(z_n, memory_std):
+    """The gradient of J for T = 3, by Gauss quadrature over s_0..s_2, e_0, e_1 and the action's."""
+    theta = torch.from_numpy(variance.THETA).requires_grad_()
+    uniform, uniform_weights = np.polynomial.legendre.leggauss(6)
+    normal, normal_weights = np.polynomial.hermite_e.hermegauss(10)
+    rules = 3 * [(uniform, uniform_weights / 2)] + 3 * [
+        (normal, normal_weights / math.sqrt(2 * math.pi))
+    ]
+    grid = np.meshgrid(*(nodes for nodes, _ in rules), indexing="ij")
+    s0, s1, s2, e0, e1, action = (torch.from_numpy(axis) for axis in grid)
+    weights = torch.from_numpy(math.prod(np.ix_(*(weights for _, weights in rules))))
+
+    (k_s, u), z = theta, 0.0
+    J = 0.0
+    for t, (s, e) in enumerate([(s0, e0), (s1, e1), (s2, 0)]):
+        a = k_s * s + 0.5 * z + 0.5 * action
+        J = J + 0.99**t * (weights * torch.cos(a)).sum()
+        z = z_n * z + u * s + memory_std * e
+    return torch.autograd.grad(J, theta)[0].numpy()
+
+
+@pytest.mark.parametrize("memory_std", [0.0, 0.5])
+@pytest.mark.parametrize("z_n", [0.5, 1.2])
+def test_the_closed_form_of_the_gradient_agrees_with_quadrature(z_n, memory_std):
+    exact = variance.exact_gradient(z_n, memory_std, T=3)
+    assert np.allclose(exact, quadrature_gradient(z_n, memory_std), rtol=1e-7)
+
+
+@pytest.mark.parametrize("memory_std", [0.0, 0.5])
+def test_finite_differences_agree_with_the_closed_form(memory_std):
+    """Also for T = 10, where quadrature would need too many nodes."""
+    differences = variance.finite_differences(50_000, 10, 0.9, memory_std, seed=0)
+    exact = variance.exact_gradient(0.9, memory_std, T=10)
+    z, error = standard_errors(differences, exact)
+    assert abs(z).max() < 4.5 and error.max() < 0.01 * np.linalg.norm(exact)
+
+
+# --- estimators -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("estimator", "memory_std", "other"), [("S2PG", 0.5, 0), ("BPTT", 0, 0.5)])
+def test_an_estimator_is_unbiased_for_its_own_objective_alone(estimator, memory_std, other):
+    z_n, T, n = 1.2, 5, 200_000
+    case = estimator, n, T, z_n, memory_std
+    returns, scores = variance.returns_and_scores(*case, np.random.default_rng(0))
+    estimates = variance.gradients(*case, np.random.default_rng(0))
+    # the score has mean zero, so a constant times it takes noise away and leaves no bias
+    J = variance.exact_return(*torch.from_numpy(variance.THETA), z_n, memory_std, T).item()
+    assert abs(standard_errors(returns[-1], J)[0]) < 4.5
+    estimates = estimates[-1] - J * scores[-1]
+
+    exact = variance.exact_gradient(z_n, memory_std, T)
+    z, error = standard_errors(estimates, exact)
+    assert abs(z).max() < 4.5
+    assert error.max() < 0.01 * np.linalg.norm(exact)
+    of_the_other = variance.exact_gradient(z_n, other, T)
+    assert abs(standard_errors(estimates, of_the_other)[0]).max() > 10
+
+
+def log_normal(x, mean, std):
+    return torch.distributions.Normal(mean, std).log_prob(x)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_scores_are_gradients_of_log_densities(estimator):
+    """Of (a_t, z_{t+1}) given what was before, z as data; of a_t given s_0..s_t, through time."""
+    n, T, z_n, memory_std = 20, 6, 1.1, 0.3 if estimator == "S2PG" else 0.0
+    s, z, a = variance.simulate(n, T, z_n, memory_std, np.random.default_rng(0))
+    if estimator == "S2PG":
+        scores = variance.s2pg_scores(s, z, a, z_n, memory_std)
+    else:
+        scores = variance.bptt_scores(s, z, a, z_n)
+
+    s, z, a = (torch.from_numpy(x) for x in (s, z, a))
+    for k, t in itertools.product(range(n), range(T)):
+        k_s, u = theta = torch.from_numpy(variance.THETA).requires_grad_()
+        memory = z[t, k]
+        if estimator == "BPTT":
+            memory = torch.zeros((), dtype=torch.float64)
+            for i in range(t):
+                memory = z_n * memory + u * s[i, k]
+            assert torch.isclose(memory, z[t, k])
+        log_pi = log_normal(a[t, k], k_s * s[t, k] + 0.5 * memory, 0.5)
+        if estimator == "S2PG":
+            log_pi = log_pi + log_normal(z[t + 1, k], z_n * z[t, k] + u * s[t, k], memory_std)
+        (gradient,) = torch.autograd.grad(log_pi, theta)
+        assert np.allclose(scores[t, k], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_an_estimate_is_the_whole_return_times_the_whole_score():
+    """For each horizon that of the trajectory which ends there."""
+    case = 30, 4, 0.9, 0.5
+    estimates = variance.gradients("S2PG", *case, np.random.default_rng(3))
+    s, z, a = variance.simulate(*case, np.random.default_rng(3))
+    for T in range(1, 5):
+        returns = sum(0.99**t * np.cos(a[t]) for t in range(T))
+        scores = variance.s2pg_scores(s[:T], z[: T + 1], a[:T], 0.9, 0.5)
+        assert np.allclose(estimates[T - 1], returns[:, None] * scores.sum(0))
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    z_n=st.floats(0, 1.5), T=st.integers(1, 40), memory_std=st.floats(0.02, 2),
+    estimator=st.sampled_from(ESTIMATORS),
+)  # fmt: skip
+def test_no_bound_is_violated(z_n, T, memory_std, estimator):
+    noise = memory_std if estimator == "S2PG" else 0
+    assert trace_variance(estimator, T, z_n, noise) < bound(estimator, T, z_n, memory_std)
+
+
+@pytest.mark.parametrize(("estimator", "within"), [("S2PG", 6), ("BPTT", 20)])
+@pytest.mark.parametrize("T", [1, 5, 25])
+def test_a_bound_is_not_far_above_the_variance(estimator, within, T):
+    """With a score a few times too large, or a bound without one of its terms, it would break."""
+    memory_std = 0.1 if estimator == "S2PG" else 0
+    upper = bound(estimator, T, 0.5, memory_std)
+    assert within * trace_variance(estimator, T, 0.5, memory_std, n=20_000) > upper
+
+
+@pytest.mark.parametrize("z_n", [0.5, 1.0, 1.2])
+def test_the_squared_score_is_below_the_bound_by_the_spread_of_s(z_n):
+    """E |score|^2 is exact: E s^2 = 1/3 stands where the bounds have F = H = 1 = max s^2."""
+    n, T, memory_std = 20_000, 8, 0.3
+    powers = [sum(z_n ** (2 * i) for i in range(t)) for t in range(T)]
+    exact = {
+        "S2PG": T / 3 * (PRECISION + memory_std**-2),
+        "BPTT": PRECISION / 3 * (T + variance.K_Z**2 * sum(powers)),
+    }
+    for estimator in ESTIMATORS:
+        case = estimator, n, T, z_n, memory_std if estimator == "S2PG" else 0
+        _, scores = variance.returns_and_scores(*case, np.random.default_rng(0))
+        z, error = standard_errors((scores[-1] ** 2).sum(-1), exact[estimator])
+        assert abs(z) < 4.5 and error < 0.03 * exact[estimator]
+        c = variance.squared_return_bound(T, R=1, N=1)
+        assert c * exact[estimator] < bound(estimator, T, z_n, memory_std)
+    # the bound of S2PG is the same with 1 in place of 1/3, and nothing else
+    assert math.isclose(3 * c * exact["S2PG"], bound("S2PG", T, z_n, memory_std))
+
+
+def test_the_return_is_bounded_and_averaging_divides_the_bounds():
+    largest = 2 * (1 + 0.99 + 0.99**2)
+    assert math.isclose(variance.squared_return_bound(3, R=2, N=5), largest**2 / 5)
+    one, many = variance.s2pg_bound(7, 4, 9), variance.s2pg_bound(7, 4, 9, R=3, N=2)
+    assert math.isclose(many, 9 / 2 * one)
+    one, many = variance.bptt_bound(7, 0.9, 4), variance.bptt_bound(7, 0.9, 4, R=3, N=2)
+    assert math.isclose(many, 9 / 2 * one)
+
+
+def score_bound(estimator, T, z_n=None, **norms):
+    """The bound without the factor c of the return."""
+    c = variance.squared_return_bound(T, R=1, N=1)
+    if estimator == "S2PG":
+        return variance.s2pg_bound(T, 4, 9, **norms) / c
+    return variance.bptt_bound(T, z_n, 4, **norms) / c
+
+
+def test_the_bound_of_s2pg_is_linear_in_time():
+    for T in (1, 10, 100):
+        assert math.isclose(score_bound("S2PG", T, F=2, H=3), T * (2**2 * 4 + 3**2 * 9))
+
+
+def test_the_bound_of_bptt_is_the_sum_over_time_of_squared_jacobians():
+    """Step t has |d mu / d theta| <= F + K H (1 + Zn + .. + Zn^(t-1)); with K = 0 no memory."""
+    F, H, K, z_n, T = 2.0, 3.0, 0.7, 1.1, 9
+    jacobian, squares = 0.0, 0.0  # |Psi_0| = 0, |Psi_{t+1}| <= H + Zn |Psi_t|
+    for _ in range(T):
+        squares += (F + K * jacobian) ** 2
+        jacobian = H + z_n * jacobian
+    assert math.isclose(score_bound("BPTT", T, z_n, F=F, H=H, K=K), 4 * squares)
+    assert math.isclose(score_bound("BPTT", T, z_n, F=F, H=H, K=0), 4 * T * F**2)
+
+
+def test_the_bound_of_bptt_grows_linearly_cubically_and_exponentially():
+    def growth(z_n, T, more):
+        return score_bound("BPTT", more, z_n) / score_bound("BPTT", T, z_n)
+
+    assert math.isclose(growth(0.9, 500, 1000), 2, rel_tol=0.03)
+    assert math.isclose(growth(1, 500, 1000), 2**3, rel_tol=0.03)
+    assert math.isclose(growth(1.2, 50, 60), 1.2**20, rel_tol=0.01)
+
+
+def test_longer_memory_costs_bptt_variance_and_s2pg_none():
+    s2pg = [trace_variance("S2PG", 30, z_n, 0.5) for z_n in (0.5, 1.2)]
+    bptt = [trace_variance("BPTT", 30, z_n, 0) for z_n in (0.5, 1.2)]
+    assert s2pg[1] < s2pg[0] and bptt[1] > 50 * bptt[0]
+    assert bptt[1] > bound("S2PG", 30, 1.2, 0.5)
+
+
+def test_little_memory_noise_is_the_bad_case_of_s2pg():
+    """The variance grows as 1 / std^2, beyond ten times that of BPTT."""
+    bptt, s2pg, less = (
+        trace_variance(*case) for case in
+        [("BPTT", 10, 0.5, 0), ("S2PG", 10, 0.5, 0.1), ("S2PG", 10, 0.5, 0.05)]
+    )  # fmt: skip
+    assert math.isclose(less / s2pg, 4, rel_tol=0.1) and s2pg > 10 * bptt
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_script_writes_a_row_for_each_case_and_a_picture(tmp_path, capsys):
+    out = tmp_path / "new" / "v1.0"
+    variance.main(variance.Args(
+        trajectories=300, batches=2, horizons=(2, 5), z_ns=(0.5, 1.2), memory_stds=(0.1, 0.5),
+        memory_std=0.3, out=str(out),
+    ))  # fmt: skip
+    rows = read(f"{out}.csv")
+    cases = [(r["estimator"], float(r["z_n"]), float(r["memory_std"]), int(r["T"])) for r in rows]
+    expected = [("BPTT", z_n, 0.0, T) for z_n in (0.5, 1.2) for T in (2, 5)]
+    expected += [("S2PG", 0.5, std, T) for std in (0.1, 0.3, 0.5) for T in (2, 5)]
+    expected += [("S2PG", 1.2, 0.3, T) for T in (2, 5)]
+    assert sorted(cases) == sorted(expected)
+    assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
+
+    for row, (estimator, z_n, memory_std, T) in zip(rows, cases):
+        rng = np.random.default_rng(0)
+        # the longest horizon's random numbers serve the others
+        estimates = variance.gradients(estimator, 300, 5, z_n, memory_std, rng)[T - 1]
+        total = estimates.var(0, ddof=1).sum()
+        exact = variance.exact_gradient(z_n, memory_std, T)
+        upper = bound(estimator, T, z_n, memory_std or 1)
+        assert math.isclose(float(row["variance"]), total) and total < upper
+        assert math.isclose(float(row["bound"]), upper)
+        assert math.isclose(float(row["variance_over_gradient"]), total / (exact @ exact))
+        for i, name in enumerate(["k_s", "u"]):
+            assert math.isclose(float(row[f"mean_{name}"]), estimates[:, i].mean())
+            assert math.isclose(float(row[f"exact_{name}"]), exact[i])
+    # a line for each Zn and T, for each Zn < 1 and std, and for each estimator and parameter
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("  0.5 ") for line in lines) == 2 + 3
+    assert sum(line.startswith("  1.2 ") for line in lines) == 2
+    for name, memory_std in [("S2PG", 0.3), ("BPTT", 0)]:
+        for parameter, exact in zip(["k_s", "u"], variance.exact_gradient(0.9, memory_std, T=10)):
+            (line,) = [line for line in lines if line.startswith(f"{name} d/d{parameter} ")]
+            assert f" {exact:.4f} " in line
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_seed_decides_the_numbers(estimator):
+    first, again, other = (
+        variance.measure(estimator, 0.9, 0.5, variance.Args(trajectories=50, seed=seed))
+        for seed in (1, 1, 2)
+    )
+    assert first == again and all(a["variance"] != b["variance"] for a, b in zip(first, other))
+
+
+@pytest.mark.parametrize(("estimator", "memory_std"), [("S2PG", 0.5), ("BPTT", 0)])
+def test_the_check_of_the_bias_takes_new_trajectories_for_each_batch(estimator, memory_std):
+    args = variance.Args(trajectories=500, batches=40)
+    exact = variance.exact_gradient(0.9, memory_std, T=4)
+    (mean, error), *differences = variance.measure_bias(estimator, 0.9, memory_std, 4, args)
+    assert (abs(mean - exact) < 4.5 * error).all()
+    total = trace_variance(estimator, 4, 0.9, memory_std)
+    assert math.isclose((error**2).sum(), total / (500 * 40), rel_tol=0.1)
+    ((mean, error),) = differences
+    assert (abs(mean - exact) < 4.5 * error).all() and (error < 0.05 * abs(exact)).all()
+
+
+def test_the_error_of_a_variance_is_its_spread_over_seeds():
+    args = [variance.Args(trajectories=200, horizons=(4,), seed=seed) for seed in range(200)]
+    rows = [variance.measure("S2PG", 0.9, 0.5, seed_args)[0] for seed_args in args]
+    variances, errors = ([row[name] for row in rows] for name in ("variance", "variance_error"))
+    assert math.isclose(np.std(variances), np.mean(errors), rel_tol=0.2)
+
+
+def test_a_script_without_a_contracting_recurrence_has_no_bad_case(tmp_path):
+    args = variance.Args(
+        trajectories=50, batches=1, horizons=(3,), z_ns=(1.2,), out=str(tmp_path / "v")
+    )
+    variance.main(args)
+    assert [row["estimator"] for row in read(tmp_path / "v.csv")] == ["BPTT", "S2PG"]

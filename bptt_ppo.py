@@ -91,7 +91,7 @@ class Args:
     """recurrent layer that gives the memory h"""
     state_dim: int = 32
     """size of the recurrent layer (the internal state of an LSTM, h and c, is twice as large)"""
-    sequence_length: int = 64
+    sequence_length: int = 32
     """rows L that gradients flow through at most"""
     std: float = 0.5
     """standard deviation of the action at the start, where its range is [-1, 1]"""
@@ -559,7 +559,8 @@ def check_finite(tensors):
 
 def save_checkpoint(run_dir, agent, state):
     """Write RUN/checkpoint.pt whole or not at all, so that a kill leaves the last good one."""
-    check_finite(dict(agent.actor.named_parameters()) | dict(agent.critic.named_parameters()))
+    for network in (agent.actor, agent.critic):
+        check_finite(network.state_dict())
     path = os.path.join(run_dir, "checkpoint.pt")
     parts = {k: v.state_dict() for k, v in vars(agent).items() if hasattr(v, "state_dict")}
     tensors = {k: v.detach() for k, v in vars(agent).items() if torch.is_tensor(v)}

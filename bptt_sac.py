@@ -177,10 +177,10 @@ class RecurrentActor(nn.Module):
         self.action_dim, self.rnn = action_dim, rnn
         self.z_dim = 2 * state_dim if rnn == "lstm" else state_dim
         self.policy_obs = nn.Linear(obs_dim, 256)
-        self.memory_obs = nn.Linear(obs_dim, 256)
-        self.memory_action = nn.Linear(action_dim, 256)
+        self.memory_obs = nn.Linear(obs_dim, 128)
+        self.memory_action = nn.Linear(action_dim, 128)
         layers = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
-        self.layer = layers[rnn](512, state_dim)
+        self.layer = layers[rnn](256, state_dim)
         self.policy_hidden = nn.Linear(256 + state_dim, 256)
         self.policy_head = nn.Linear(256, 2 * action_dim)
 
@@ -616,7 +616,8 @@ def check_finite(tensors):
 
 def save_checkpoint(run_dir, agent, state):
     """Write RUN/checkpoint.pt whole or not at all, so that a kill leaves the last good one."""
-    check_finite(dict(agent.actor.named_parameters()) | dict(agent.critic.named_parameters()))
+    for network in (agent.actor, agent.critic):
+        check_finite(network.state_dict())
     path = os.path.join(run_dir, "checkpoint.pt")
     parts = {k: v.state_dict() for k, v in vars(agent).items() if hasattr(v, "state_dict")}
     tensors = {k: v.detach() for k, v in vars(agent).items() if torch.is_tensor(v)}

@@ -422,10 +422,11 @@ class S2PGPPO:
         )
         batch = Batch(*(column[valid] for column in batch))
 
+        parts = min(args.num_minibatches, len(batch.obs))
         for _ in range(args.update_epochs):
             order = torch.randperm(len(batch.obs), device=self.device)
-            for index in order.tensor_split(min(args.num_minibatches, len(order))):
-                minibatch = Batch(*(column[index] for column in batch))
+            for columns in zip(*(column[order].tensor_split(parts) for column in batch)):
+                minibatch = Batch(*columns)
                 loss, losses, log_ratio = s2pg_ppo_loss(self.actor, self.critic, minibatch, args)
                 self.optimizer.zero_grad()
                 loss.backward()
@@ -537,7 +538,8 @@ def check_finite(tensors):
 
 def save_checkpoint(run_dir, agent, state):
     """Write RUN/checkpoint.pt whole or not at all, so that a kill leaves the last good one."""
-    check_finite(dict(agent.actor.named_parameters()) | dict(agent.critic.named_parameters()))
+    for network in (agent.actor, agent.critic):
+        check_finite(network.state_dict())
     path = os.path.join(run_dir, "checkpoint.pt")
     parts = {k: v.state_dict() for k, v in vars(agent).items() if hasattr(v, "state_dict")}
     tensors = {k: v.detach() for k, v in vars(agent).items() if torch.is_tensor(v)}

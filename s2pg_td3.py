@@ -565,7 +565,8 @@ def check_finite(tensors):
 
 def save_checkpoint(run_dir, agent, state):
     """Write RUN/checkpoint.pt whole or not at all, so that a kill leaves the last good one."""
-    check_finite(dict(agent.actor.named_parameters()) | dict(agent.critic.named_parameters()))
+    for network in (agent.actor, agent.critic):
+        check_finite(network.state_dict())
     path = os.path.join(run_dir, "checkpoint.pt")
     parts = {k: v.state_dict() for k, v in vars(agent).items() if hasattr(v, "state_dict")}
     tensors = {k: v.detach() for k, v in vars(agent).items() if torch.is_tensor(v)}

@@ -61,7 +61,7 @@ def test_scripts_import_no_other_script(path):
 
 
 # Options whose defaults may differ between algorithms, but not between S2PG and its baseline.
-TUNING = {"actor_lr", "privileged_critic", "sequence_length"}
+TUNING = {"actor_lr", "privileged_critic"}
 
 
 @pytest.mark.parametrize("one, other", list(combinations(SCRIPTS, 2)), ids=lambda path: path.stem)

@@ -157,9 +157,7 @@ TUNED = {
     "Hopper": dict(hide="velocities", exploration_noise_z=0.01),
     "Humanoid": dict(hide="velocities", exploration_noise_z=0.01, actor_lr=1e-4),
     "HumanoidStandup": dict(hide="velocities", exploration_noise_z=0.01, actor_lr=1e-4),
-    "InvertedDoublePendulum": dict(
-        hide="velocities", learning_starts=1_000, policy_frequency=1
-    ),
+    "InvertedDoublePendulum": dict(hide="velocities", learning_starts=1_000, policy_frequency=1),
     "InvertedPendulum": dict(hide="velocities", learning_starts=1_000, policy_frequency=1),
     "Swimmer": dict(hide="velocities"),
     "Walker2d": dict(hide="velocities"),

@@ -104,7 +104,7 @@ class Args:
     num_steps: int = 2048
     """rows of a rollout in each environment"""
     num_minibatches: int = 32
-    """minibatches of an epoch"""
+    """minibatches of an epoch, or as many as there are transitions"""
     update_epochs: int = 10
     """epochs over a rollout"""
     gamma: float = 0.99
@@ -112,11 +112,12 @@ class Args:
     gae_lambda: float = 0.95
     """lambda of the generalised advantage estimates, in [0, 1]"""
     norm_adv: bool = True
-    """normalise the advantages of a minibatch"""
+    """normalise the advantages of a rollout"""
     clip_coef: float = 0.2
     """how far rho may leave 1, and V its old value"""
-    clip_vloss: bool = True
-    """clip the loss of the values, too"""
+    clip_vloss: bool = False
+    """clip the loss of the values, too, which lets V move by clip_coef standard deviations of the
+    returns in a rollout"""
     ent_coef: float = 0.0
     """weight of the entropy of (a, z')"""
     vf_coef: float = 0.5
@@ -128,7 +129,7 @@ class Args:
 
     resume: str | None = None
     """folder of a run to continue; options given beside it replace the run's own, but random
-    states come from the checkpoint"""
+    states come from the checkpoint; the rollout that was under way is not"""
     checkpoint_frequency: int = 10_000
     """environment steps between two checkpoints"""
     eval_frequency: int = 10_000
@@ -174,7 +175,7 @@ class GaussianStatefulActor(nn.Module):
         super().__init__()
         self.action_dim, self.state_dim, self.rnn = action_dim, state_dim, rnn
         self.z_dim = 2 * state_dim if rnn == "lstm" else state_dim
-        self.normalizer = RunningNormalizer(obs_dim)
+        self.normalizer = RunningNormalizer(obs_dim, clip=10.0)
         self.policy_obs = nn.Linear(obs_dim, 128)
         if state_dim > 0:
             self.kernel_obs = nn.Linear(obs_dim, 128)
@@ -215,30 +216,35 @@ class Critic(nn.Module):
 
     def __init__(self, critic_dim, z_dim, action_dim):
         super().__init__()
-        self.normalizer, self.returns = RunningNormalizer(critic_dim), RunningNormalizer()
-        self.net = nn.Sequential(
-            nn.Linear(critic_dim + z_dim + action_dim, 128), nn.ReLU(inplace=True),
-            nn.Linear(128, 128), nn.ReLU(inplace=True), nn.Linear(128, 1),
-        )  # fmt: skip
+        self.normalizer = RunningNormalizer(critic_dim, clip=10.0)
+        self.returns = RunningNormalizer()
+        inputs, relu = critic_dim + z_dim + action_dim, nn.ReLU(inplace=True)
+        self.hidden = nn.Sequential(nn.Linear(inputs, 128), relu, nn.Linear(128, 128), relu)
+        self.head = nn.Linear(128, 1)
 
     def forward(self, state, z, a_prev):
-        return self.net(torch.cat([state, z, a_prev], -1)).squeeze(-1)
+        return self.head(self.hidden(torch.cat([state, z, a_prev], -1))).squeeze(-1)
 
 
 class RunningNormalizer(nn.Module):
-    """(x - mean) / std of all x it was shown, clipped to [-10, 10]; part of every checkpoint."""
+    """(x - mean) / std of all x it was shown, in [-clip, clip]; part of every checkpoint."""
 
-    def __init__(self, *shape):
+    def __init__(self, *shape, clip=math.inf):
         super().__init__()
+        self.clip = clip
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("var", torch.ones(shape))
         self.register_buffer("count", torch.tensor(0.0))
 
+    @property
+    def std(self):
+        return (self.var + 1e-8).sqrt()
+
     def forward(self, x):
-        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+        return ((x - self.mean) / self.std).clamp(-self.clip, self.clip)
 
     def inverse(self, x):
-        return x * (self.var + 1e-8).sqrt() + self.mean
+        return x * self.std + self.mean
 
     def update(self, x):
         """Take in rows x [B, .] (Chan et al. 1979, parallel variance)."""
@@ -248,6 +254,18 @@ class RunningNormalizer(nn.Module):
         self.var.copy_((squares + delta.square() * self.count * len(x) / n) / n)
         self.mean += delta * len(x) / n
         self.count.copy_(n)
+
+
+@torch.no_grad()
+def update_returns(normalizer, head, returns):
+    """Take in `returns` [B], and rescale the layer that predicts them so that no V changes.
+
+    Pop-Art: van Hasselt et al., "Learning values across many orders of magnitude", 2016, eq. 4.
+    """
+    mean, std = normalizer.mean.clone(), normalizer.std
+    normalizer.update(returns)
+    head.weight *= std / normalizer.std
+    head.bias.copy_((std * head.bias + mean - normalizer.mean) / normalizer.std)
 
 
 class Rollout:
@@ -348,11 +366,8 @@ class Batch(NamedTuple):
 
 def ppo_loss(log_prob, value, entropy, batch, args):
     """L(pi) + vf_coef L(V) - ent_coef entropy; its parts, for the log; and log rho [B]."""
-    advantage = batch.advantage
-    if args.norm_adv:
-        advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
     pg_loss, log_ratio = clipped_policy_loss(
-        log_prob, batch.old_log_prob, advantage, args.clip_coef
+        log_prob, batch.old_log_prob, batch.advantage, args.clip_coef
     )
     clip_value = args.clip_coef if args.clip_vloss else None
     v_loss = value_loss(value, batch.old_value, batch.returns, clip_value)
@@ -372,6 +387,7 @@ class S2PGPPO:
     """Networks and optimiser, and the update that trains them."""
 
     def __init__(self, args, obs_dim, critic_dim, action_dim, privileged, device):
+        del privileged  # a rollout is short: where both see the same, it is stored for each
         self.args, self.device, self.action_dim = args, device, action_dim
         state_dim = 0 if args.memoryless else args.state_dim
         actor = GaussianStatefulActor(
@@ -409,6 +425,10 @@ class S2PGPPO:
             args.gamma, args.gae_lambda,
         )  # fmt: skip
         returns = advantage + value
+        update_returns(self.critic.returns, self.critic.head, returns[valid])
+        if args.norm_adv:
+            std, mean = torch.std_mean(advantage[valid], correction=0)
+            advantage = (advantage - mean) / (std + 1e-8)
         batch = Batch(
             obs=self.actor.normalizer(rows["obs"][:-1]),
             state=self.critic.normalizer(rows["critic_obs"][:-1]),
@@ -437,10 +457,9 @@ class S2PGPPO:
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
 
-        # only the next rollout sees new statistics, so that within one the policy is one policy
+        # the next rollout acts with new statistics, so that within one the policy is one policy
         self.actor.normalizer.update(rows["obs"][:-1].flatten(0, 1))
         self.critic.normalizer.update(rows["critic_obs"][:-1].flatten(0, 1))
-        self.critic.returns.update(returns[valid])
         unexplained = (returns - value)[valid].var(correction=0)
         losses |= dict(
             old_approx_kl=-log_ratio.mean(), approx_kl=approx_kl,

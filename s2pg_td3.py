@@ -129,8 +129,8 @@ class Args:
     """updates of the critic for each update of the actor, the targets and the stored z"""
 
     resume: str | None = None
-    """folder of a run to continue; options given beside it replace the run's own, but temperatures
-    and random states come from the checkpoint"""
+    """folder of a run to continue; options given beside it replace the run's own, but random
+    states come from the checkpoint"""
     save_buffer: bool = False
     """keep the replay buffer in the checkpoint; otherwise a resumed run fills a new one first"""
     checkpoint_frequency: int = 10_000
@@ -423,8 +423,8 @@ class S2PGTD3:
         self.z_dim = self.actor.z_dim
         inputs = critic_dim + self.z_dim * self.critic_sees_z + action_dim + self.z_dim + action_dim
         self.critic, self.target_critic = (TwinCritic(inputs).to(device) for _ in range(2))
-        self.target_actor.load_state_dict(self.actor.state_dict())
-        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.target_actor.requires_grad_(False).load_state_dict(self.actor.state_dict())
+        self.target_critic.requires_grad_(False).load_state_dict(self.critic.state_dict())
         self.online = [*self.actor.parameters(), *self.critic.parameters()]
         self.targets = [*self.target_actor.parameters(), *self.target_critic.parameters()]
 

@@ -10,24 +10,34 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-SCRIPT = Path(__file__).resolve().parent.parent / "s2pg_sac.py"
+ROOT = Path(__file__).resolve().parent.parent
+SAC = "s2pg_sac.py", "--total-timesteps", "15000", "--eval-frequency", "2500"
+PPO = "s2pg_ppo.py", "--total-timesteps", "50000", "--eval-frequency", "10000"
 
 
-def best_stochastic_return(tmp_path, *options):
-    """The best mean return of 10 episodes, evaluated every 2500 of 15 000 steps."""
-    command = [sys.executable, SCRIPT, "--env-id", "InvertedPendulum-v4", "--eval-episodes", "10"]
-    command += ["--total-timesteps", "15000", "--eval-frequency", "2500", *options]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+def best_stochastic_return(cwd, script, *options):
+    """The best mean return of 10 episodes among the evaluations of a run."""
+    command = [sys.executable, ROOT / script, "--env-id", "InvertedPendulum-v4", *options]
+    command += ["--eval-episodes", "10"]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    (run_dir,) = (tmp_path / "runs").iterdir()
+    (run_dir,) = (cwd / "runs").iterdir()
     events = EventAccumulator(str(run_dir))
     events.Reload()
     return max(event.value for event in events.Scalars("eval/return_stochastic"))
 
 
-def test_s2pg_balances_a_pole_whose_velocity_it_cannot_see(tmp_path):
-    assert best_stochastic_return(tmp_path) > 150
+def test_s2pg_sac_balances_a_pole_whose_velocity_it_cannot_see(tmp_path):
+    assert best_stochastic_return(tmp_path, *SAC) > 150
 
 
-def test_without_a_memory_the_same_program_cannot(tmp_path):
-    assert best_stochastic_return(tmp_path, "--memoryless") < 150
+def test_without_a_memory_sac_cannot(tmp_path):
+    assert best_stochastic_return(tmp_path, *SAC, "--memoryless") < 150
+
+
+def test_s2pg_ppo_balances_a_pole_whose_velocity_it_cannot_see(tmp_path):
+    assert best_stochastic_return(tmp_path, *PPO) > 100
+
+
+def test_without_a_memory_ppo_cannot(tmp_path):
+    assert best_stochastic_return(tmp_path, *PPO, "--memoryless") < 100

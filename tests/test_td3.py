@@ -370,6 +370,14 @@ def test_deterministic_acting_is_the_policy_and_uses_no_random_numbers(rnn):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_action_is_squashed_by_a_tanh():
+    actor, bias = make_actor(), torch.tensor([-3.0, 0.5, 20.0])
+    nn.init.zeros_(actor.policy_head.weight)
+    actor.policy_head.bias.data.copy_(bias)
+    a, _ = actor(*inputs(actor, 4))
+    torch.testing.assert_close(a, bias.tanh().expand(4, -1))
+
+
 @RNN
 def test_the_behaviour_has_the_noise_that_was_asked_for_on_each(rnn):
     """Independent for every number; 20 000 draws, so that a standard deviation is within 2.5 %."""

@@ -22,14 +22,17 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import bptt_ppo
 import bptt_sac
+import s2pg_ppo
 import s2pg_sac
+import s2pg_td3
 
 COLUMNS = [
     "env_id", "label", "script", "options", "seed", "step", "wall_seconds",
     "return_deterministic", "return_stochastic", "versions",
 ]  # fmt: skip
-SCRIPTS = [s2pg_sac, bptt_sac]
+SCRIPTS = [s2pg_sac, s2pg_td3, s2pg_ppo, bptt_sac, bptt_ppo]
 
 
 def collect(runs, out):

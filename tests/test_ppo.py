@@ -941,7 +941,7 @@ def test_stds_start_as_asked_for(script):
     actor = make_agent(script, **options).actor
     torch.testing.assert_close(actor.log_std.exp()[:ACTION], torch.full((ACTION,), 0.3))
     if script is s2pg_ppo:
-        torch.testing.assert_close(actor.log_std.exp()[ACTION:], torch.full((STATE,), 0.2))
+        torch.testing.assert_close(actor.log_std.exp()[ACTION:], torch.full((STATE,), 0.15))
 
 
 @SCRIPTS

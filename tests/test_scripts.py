@@ -223,6 +223,18 @@ def test_losses_that_blow_up_stop_the_run_and_spare_the_checkpoint(script, tmp_p
     assert (run_dir / "checkpoint.pt").read_bytes() == good
 
 
+BAD_OPTIONS = [
+    (s2pg_td3, "--policy-frequency 0", "--policy-frequency is 0"),
+    (s2pg_td3, "--noise-clip -1", "--noise-clip is -1"),
+    (s2pg_td3, "--buffer-size 1500", "--learning-starts"),
+    (s2pg_ppo, "--num-steps 1", "--num-steps is 1"),
+    (s2pg_ppo, "--gae-lambda 1.5", "--gae-lambda is 1.5"),
+    (s2pg_ppo, "--target-kl nan", "--target-kl is nan"),
+    (s2pg_ppo, "--std-z 0", "--std-z is 0"),
+    (bptt_ppo, "--sequence-length 0", "--sequence-length is 0"),
+    (bptt_ppo, "--resume nothing", "args.json"),
+    (bptt_ppo, "--memoryless", "memoryless"),
+]
 BAD_INPUT = {
     "--env-id Hoper-v4": "Hoper",
     "--env-id CartPole-v1": "Box",
@@ -242,14 +254,16 @@ BAD_INPUT = {
 }
 
 
-@pytest.mark.parametrize("options, says", BAD_INPUT.items())
-def test_bad_input_is_answered_in_a_sentence(options, says, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "script, options, says", [(s2pg_sac, *item) for item in BAD_INPUT.items()] + BAD_OPTIONS
+)
+def test_bad_input_is_answered_in_a_sentence(script, options, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "args.json").write_text("{}")
-    monkeypatch.setattr(sys, "argv", ["s2pg_sac.py", *options.split()])
+    monkeypatch.setattr(sys, "argv", [script.__name__, *options.split()])
     with pytest.raises(SystemExit) as exit_info:
-        s2pg_sac.main()
+        script.main()
     code = exit_info.value.code
     message = code if isinstance(code, str) else capsys.readouterr().err
     assert code not in (None, 0) and says in message

@@ -94,7 +94,7 @@ class Args:
     """drop the internal state: plain PPO on what the policy sees"""
     std: float = 0.5
     """standard deviation of the action at the start, where its range is [-1, 1]"""
-    std_z: float = 0.2
+    std_z: float = 0.1
     """standard deviation of the internal state at the start"""
 
     learning_rate: float = 3e-4

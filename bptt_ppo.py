@@ -15,11 +15,11 @@ most L rows of the rollout, each from the internal state z that was stored while
     A_t     = delta_t + gamma lambda A_{t+1}, up to the end of the episode or of the rollout
     rho     = pi(a | o, h) / pi_old(a | o, h)
     policy  L(pi) = -E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]
-    value   L(V)  = E[(V(o, h) - (A + V_old))^2] / 2, clipped like rho
+    value   L(V)  = E[(V(o, h) - (A + V_old))^2] / 2, clipped like rho with --clip-vloss
 
-Sequences begin where an episode does, and after every L rows; the gradient goes back through the h
-of all their rows before. With --privileged-critic V and its memory see the state s in place of o.
-Its counterpart s2pg_ppo.py needs no gradient through time: compare the two with diff.
+Sequences begin where the rollout or an episode does, and after every L rows; the gradient goes back
+through the h of all their rows before. With --privileged-critic V and its memory see the state s in
+place of o. Its counterpart s2pg_ppo.py needs no gradient through time: compare the two with diff.
 
     python bptt_ppo.py --env-id InvertedPendulum-v4 --total-timesteps 200000
     python bptt_ppo.py --env-id Humanoid-v4 --sequence-length 16 --num-envs 8 --seed 1
@@ -113,7 +113,7 @@ class Args:
     norm_adv: bool = True
     """normalise the advantages of a rollout"""
     clip_coef: float = 0.2
-    """how far rho may leave 1, and V its old value"""
+    """how far rho may leave 1; with --clip-vloss also V its old value"""
     clip_vloss: bool = False
     """clip the loss of the values, too, which lets V move by clip_coef standard deviations of the
     returns in a rollout"""
@@ -124,7 +124,8 @@ class Args:
     max_grad_norm: float = 0.5
     """norm at which the gradient is clipped"""
     target_kl: float | None = None
-    """no further epoch on a rollout once the divergence from the old policy is larger"""
+    """no further epoch on a rollout once the divergence from the old policy, over an epoch, is
+    larger"""
 
     resume: str | None = None
     """folder of a run to continue; options given beside it replace the run's own, but random
@@ -191,8 +192,8 @@ class RecurrentNetwork(nn.Module):
 
     def forward(self, obs, h):
         """[B, outputs] of single rows and their memories."""
-        h = torch.cat([torch.relu_(self.hidden_obs(obs)), h], -1)
-        return self.head(torch.relu_(self.hidden(h)))
+        features = torch.cat([torch.relu_(self.hidden_obs(obs)), h], -1)
+        return self.head(torch.relu_(self.hidden(features)))
 
     def step(self, obs, z, a_prev):
         """[B, outputs] and z' [B, Z] after one raw observation."""
@@ -221,26 +222,26 @@ class RecurrentGaussianActor(RecurrentNetwork):
 
 
 class RecurrentCritic(RecurrentNetwork):
-    """V of o and h, or of the state s and its own h, in units of `returns`."""
+    """V [B, 1] of o and h, or of the state s and its own h, in units of `returns`."""
 
     def __init__(self, critic_dim, action_dim, state_dim, rnn):
         super().__init__(critic_dim, action_dim, state_dim, rnn, outputs=1)
-        self.returns = RunningNormalizer()
+        self.returns = RunningNormalizer(min_std=1e-2)
 
 
 class RunningNormalizer(nn.Module):
     """(x - mean) / std of all x it was shown, in [-clip, clip]; part of every checkpoint."""
 
-    def __init__(self, *shape, clip=math.inf):
+    def __init__(self, *shape, clip=math.inf, min_std=1e-4):
         super().__init__()
-        self.clip = clip
+        self.clip, self.min_std = clip, min_std
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("var", torch.ones(shape))
         self.register_buffer("count", torch.tensor(0.0))
 
     @property
     def std(self):
-        return (self.var + 1e-8).sqrt()
+        return (self.var + 1e-8).sqrt().clamp(min=self.min_std)
 
     def forward(self, x):
         return ((x - self.mean) / self.std).clamp(-self.clip, self.clip)
@@ -357,9 +358,10 @@ class RolloutSequences(NamedTuple):
 
     obs: torch.Tensor  # [L, B, O], normalised
     state: torch.Tensor  # [L, B, S], what the critic sees, normalised
-    z: torch.Tensor  # [B, Z + Z], internal states of actor and critic before the first row
+    z: torch.Tensor  # [B, Z actor + Z critic], internal states before the first row
     a_prev: torch.Tensor  # [L, B, A]
-    mask: torch.Tensor  # [L, B], which rows belong to the sequence
+    row: torch.Tensor  # [M], place of the transitions in their sequences
+    column: torch.Tensor  # [M], their sequences
     action: torch.Tensor  # [M, A]
     old_log_prob: torch.Tensor  # [M]
     old_value: torch.Tensor  # [M], normalised like the returns
@@ -398,18 +400,21 @@ def bptt_ppo_loss(actor, critic, batch, args):
     """The loss of the transitions of sequences, whose memories are computed from their first z."""
     z_actor, z_critic = batch.z.split([actor.z_dim, critic.z_dim], -1)
     h, _ = actor.remember(batch.obs, z_actor, batch.a_prev)
-    mean = actor(batch.obs[batch.mask], h[batch.mask])
+    at = batch.row, batch.column
+    mean = actor(batch.obs[at], h[at])
     log_prob = gaussian_log_prob(batch.action, mean, actor.log_std)
     h, _ = critic.remember(batch.state, z_critic, batch.a_prev)
-    value = critic(batch.state[batch.mask], h[batch.mask]).squeeze(-1)
+    value = critic(batch.state[at], h[at]).squeeze(-1)
     return ppo_loss(log_prob, value, gaussian_entropy(actor.log_std), batch, args)
 
 
 class BPTTPPO:
-    """Networks and optimiser, and the update that trains them."""
+    """Networks and optimiser, and the update that trains them.
+
+    `privileged` makes no difference: a rollout is short enough to hold what both see twice.
+    """
 
     def __init__(self, args, obs_dim, critic_dim, action_dim, privileged, device):
-        del privileged  # a rollout is short: where both see the same, it is stored for each
         self.args, self.device, self.action_dim = args, device, action_dim
         self.actor = RecurrentGaussianActor(
             obs_dim, action_dim, args.state_dim, args.rnn, args.std
@@ -453,26 +458,28 @@ class BPTTPPO:
             advantage = (advantage - mean) / (std + 1e-8)
         obs = self.actor.normalizer(rows["obs"][:-1])
         state = self.critic.normalizer(rows["critic_obs"][:-1])
-        columns = (
+        transitions = (
             rows["action"][:-1], rows["log_prob"][:-1], self.critic.returns(value), advantage,
             self.critic.returns(returns),
         )  # fmt: skip
         times, places, masks = cut(rows["first"], args.sequence_length)
 
         for _ in range(args.update_epochs):
-            order = torch.randperm(len(places), device=self.device)
+            order, log_ratios = torch.randperm(len(places), device=self.device), []
             for index in order.tensor_split(min(args.num_minibatches, len(order))):
-                t, n, mask = times[:, index], places[index], masks[:, index]
-                transitions = (column[t, n][mask] for column in columns)
+                t, n = times[:, index], places[index]
+                row, column = masks[:, index].nonzero(as_tuple=True)
                 minibatch = RolloutSequences(
-                    obs[t, n], state[t, n], rows["z"][t[0], n], rows["a_prev"][t, n], mask,
-                    *transitions,
+                    obs[t, n], state[t, n], rows["z"][t[0], n], rows["a_prev"][t, n], row, column,
+                    *(values[t[row, column], n[column]] for values in transitions),
                 )  # fmt: skip
                 loss, losses, log_ratio = bptt_ppo_loss(self.actor, self.critic, minibatch, args)
                 self.optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
                 self.optimizer.step()
+                log_ratios.append(log_ratio)
+            log_ratio = torch.cat(log_ratios)
             ratio = log_ratio.exp()
             approx_kl = (ratio - 1 - log_ratio).mean()
             if args.target_kl is not None and approx_kl > args.target_kl:
@@ -668,6 +675,7 @@ def train(args):
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     with writer, bar:
+        writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
         while True:
             action, z_next, log_prob, value = agent.act(obs["policy"], obs["critic"], z, a_prev)
             clipped = action.clamp(-1, 1)
@@ -766,7 +774,7 @@ def parse_args():
     args = tyro.cli(Args, description=__doc__)
     run_dir = args.resume or args.evaluate
     if run_dir is None:
-        task = args.env_id.split(":")[-1].split("-")[0]
+        task = args.env_id.split("-")[0]
         return tyro.cli(Args, description=__doc__, default=Args(**TUNED.get(task, {})))
     path = os.path.join(run_dir, "args.json")
     try:
@@ -781,7 +789,10 @@ def parse_args():
 
 
 def check_args(args):
-    """ValueError for an option that is out of range, or makes no sense beside another."""
+    """ValueError for an option that is out of range, or makes no sense beside another.
+
+    One table for the options of all scripts.
+    """
     inf, buffer_size = math.inf, vars(args).get("buffer_size", 2**62)
     limits = dict(
         seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf), state_dim=(1, inf),

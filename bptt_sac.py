@@ -708,6 +708,7 @@ def train(args):
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     with writer, bar:
+        writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
         while True:
             policy_obs = torch.as_tensor(obs["policy"], device=device)
             with torch.no_grad():
@@ -806,7 +807,7 @@ def parse_args():
     args = tyro.cli(Args, description=__doc__)
     run_dir = args.resume or args.evaluate
     if run_dir is None:
-        task = args.env_id.split(":")[-1].split("-")[0]
+        task = args.env_id.split("-")[0]
         return tyro.cli(Args, description=__doc__, default=Args(**TUNED.get(task, {})))
     path = os.path.join(run_dir, "args.json")
     try:
@@ -821,7 +822,10 @@ def parse_args():
 
 
 def check_args(args):
-    """ValueError for an option that is out of range, or makes no sense beside another."""
+    """ValueError for an option that is out of range, or makes no sense beside another.
+
+    One table for the options of all scripts.
+    """
     inf, buffer_size = math.inf, vars(args).get("buffer_size", 2**62)
     limits = dict(
         seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf), state_dim=(1, inf),

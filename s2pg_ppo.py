@@ -15,7 +15,7 @@ nothing is differentiated through time, and a minibatch is single transitions in
     A_t     = delta_t + gamma lambda A_{t+1}, up to the end of the episode or of the rollout
     rho     = pi(a, z' | o, z, a_prev) / pi_old(a, z' | o, z, a_prev)
     policy  L(pi) = -E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]
-    value   L(V)  = E[(V(o, z, a_prev) - (A + V_old))^2] / 2, clipped like rho
+    value   L(V)  = E[(V(o, z, a_prev) - (A + V_old))^2] / 2; --clip-vloss clips it, too
 
 With --privileged-critic V sees the state s in place of o. Its counterpart bptt_ppo.py
 differentiates a recurrent policy through time, along sequences: compare the two with diff.
@@ -91,11 +91,12 @@ class Args:
     state_dim: int = 32
     """size of the recurrent cell (the internal state of an LSTM, h and c, is twice as large)"""
     memoryless: bool = False
-    """drop the internal state: plain PPO on what the policy sees"""
+    """drop the internal state: PPO on what the policy sees (V still gets a_prev)"""
     std: float = 0.5
     """standard deviation of the action at the start, where its range is [-1, 1]"""
     std_z: float = 0.1
-    """standard deviation of the internal state at the start"""
+    """standard deviation of the internal state at the start; less of it hides less from the policy,
+    and lets rho leave 1 sooner"""
 
     learning_rate: float = 3e-4
     """learning rate of actor and critic"""
@@ -114,7 +115,7 @@ class Args:
     norm_adv: bool = True
     """normalise the advantages of a rollout"""
     clip_coef: float = 0.2
-    """how far rho may leave 1, and V its old value"""
+    """how far rho may leave 1; with --clip-vloss also V its old value"""
     clip_vloss: bool = False
     """clip the loss of the values, too, which lets V move by clip_coef standard deviations of the
     returns in a rollout"""
@@ -125,7 +126,8 @@ class Args:
     max_grad_norm: float = 0.5
     """norm at which the gradient is clipped"""
     target_kl: float | None = None
-    """no further epoch on a rollout once the divergence from the old policy is larger"""
+    """no further epoch on a rollout once the divergence from the old policy, over an epoch, is
+    larger"""
 
     resume: str | None = None
     """folder of a run to continue; options given beside it replace the run's own, but random
@@ -217,7 +219,7 @@ class Critic(nn.Module):
     def __init__(self, critic_dim, z_dim, action_dim):
         super().__init__()
         self.normalizer = RunningNormalizer(critic_dim, clip=10.0)
-        self.returns = RunningNormalizer()
+        self.returns = RunningNormalizer(min_std=1e-2)
         inputs, relu = critic_dim + z_dim + action_dim, nn.ReLU(inplace=True)
         self.hidden = nn.Sequential(nn.Linear(inputs, 128), relu, nn.Linear(128, 128), relu)
         self.head = nn.Linear(128, 1)
@@ -229,16 +231,16 @@ class Critic(nn.Module):
 class RunningNormalizer(nn.Module):
     """(x - mean) / std of all x it was shown, in [-clip, clip]; part of every checkpoint."""
 
-    def __init__(self, *shape, clip=math.inf):
+    def __init__(self, *shape, clip=math.inf, min_std=1e-4):
         super().__init__()
-        self.clip = clip
+        self.clip, self.min_std = clip, min_std
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("var", torch.ones(shape))
         self.register_buffer("count", torch.tensor(0.0))
 
     @property
     def std(self):
-        return (self.var + 1e-8).sqrt()
+        return (self.var + 1e-8).sqrt().clamp(min=self.min_std)
 
     def forward(self, x):
         return ((x - self.mean) / self.std).clamp(-self.clip, self.clip)
@@ -384,10 +386,12 @@ def s2pg_ppo_loss(actor, critic, batch, args):
 
 
 class S2PGPPO:
-    """Networks and optimiser, and the update that trains them."""
+    """Networks and optimiser, and the update that trains them.
+
+    `privileged` makes no difference: a rollout is short enough to hold what both see twice.
+    """
 
     def __init__(self, args, obs_dim, critic_dim, action_dim, privileged, device):
-        del privileged  # a rollout is short: where both see the same, it is stored for each
         self.args, self.device, self.action_dim = args, device, action_dim
         state_dim = 0 if args.memoryless else args.state_dim
         actor = GaussianStatefulActor(
@@ -442,16 +446,18 @@ class S2PGPPO:
         )
         batch = Batch(*(column[valid] for column in batch))
 
-        parts = min(args.num_minibatches, len(batch.obs))
+        minibatches = min(args.num_minibatches, len(batch.obs))
         for _ in range(args.update_epochs):
-            order = torch.randperm(len(batch.obs), device=self.device)
-            for columns in zip(*(column[order].tensor_split(parts) for column in batch)):
+            order, log_ratios = torch.randperm(len(batch.obs), device=self.device), []
+            for columns in zip(*(column[order].tensor_split(minibatches) for column in batch)):
                 minibatch = Batch(*columns)
                 loss, losses, log_ratio = s2pg_ppo_loss(self.actor, self.critic, minibatch, args)
                 self.optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
                 self.optimizer.step()
+                log_ratios.append(log_ratio)
+            log_ratio = torch.cat(log_ratios)
             ratio = log_ratio.exp()
             approx_kl = (ratio - 1 - log_ratio).mean()
             if args.target_kl is not None and approx_kl > args.target_kl:
@@ -647,6 +653,7 @@ def train(args):
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     with writer, bar:
+        writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
         while True:
             action, z_next, log_prob, value = agent.act(obs["policy"], obs["critic"], z, a_prev)
             clipped = action.clamp(-1, 1)
@@ -745,7 +752,7 @@ def parse_args():
     args = tyro.cli(Args, description=__doc__)
     run_dir = args.resume or args.evaluate
     if run_dir is None:
-        task = args.env_id.split(":")[-1].split("-")[0]
+        task = args.env_id.split("-")[0]
         return tyro.cli(Args, description=__doc__, default=Args(**TUNED.get(task, {})))
     path = os.path.join(run_dir, "args.json")
     try:
@@ -760,7 +767,10 @@ def parse_args():
 
 
 def check_args(args):
-    """ValueError for an option that is out of range, or makes no sense beside another."""
+    """ValueError for an option that is out of range, or makes no sense beside another.
+
+    One table for the options of all scripts.
+    """
     inf, buffer_size = math.inf, vars(args).get("buffer_size", 2**62)
     limits = dict(
         seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf), state_dim=(1, inf),

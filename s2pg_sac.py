@@ -96,7 +96,7 @@ class Args:
     state_dim: int = 32
     """size of the recurrent cell (the internal state of an LSTM, h and c, is twice as large)"""
     memoryless: bool = False
-    """drop the internal state: plain SAC on what the policy sees"""
+    """drop the internal state: SAC on what the policy sees (Q still gets a_prev)"""
     critic_sees_z: bool = False
     """give z to a privileged critic too, as published"""
     refresh: bool = True
@@ -688,6 +688,7 @@ def train(args):
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     with writer, bar:
+        writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
         while True:
             policy_obs = torch.as_tensor(obs["policy"], device=device)
             with torch.no_grad():
@@ -786,7 +787,7 @@ def parse_args():
     args = tyro.cli(Args, description=__doc__)
     run_dir = args.resume or args.evaluate
     if run_dir is None:
-        task = args.env_id.split(":")[-1].split("-")[0]
+        task = args.env_id.split("-")[0]
         return tyro.cli(Args, description=__doc__, default=Args(**TUNED.get(task, {})))
     path = os.path.join(run_dir, "args.json")
     try:
@@ -801,7 +802,10 @@ def parse_args():
 
 
 def check_args(args):
-    """ValueError for an option that is out of range, or makes no sense beside another."""
+    """ValueError for an option that is out of range, or makes no sense beside another.
+
+    One table for the options of all scripts.
+    """
     inf, buffer_size = math.inf, vars(args).get("buffer_size", 2**62)
     limits = dict(
         seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf), state_dim=(1, inf),

@@ -14,11 +14,12 @@ is stored in the replay buffer and judged by the critic. So nothing is different
     behaviour  (a, z') = clip(mu(o, z, a_prev) + (std_a, std_z) eps)
     target     y = r + gamma (1 - d) min_i Q'_i(s', a'', z'', a)
     critic     L(Q)  = sum_i E[(Q_i(s, a, z', a_prev) - y)^2]
-    actor      L(mu) = -E[Q_1(s, mu_a, mu_z, a_prev)], the deterministic gradient
-               E[grad mu_a grad_a Q_1 + grad mu_z grad_z' Q_1], in every second update
+    actor      L(mu) = -E[Q_1(s, mu_a, mu_z, a_prev)], whose negative gradient is the deterministic
+               policy gradient E[grad mu_a grad_a Q_1 + grad mu_z grad_z' Q_1]
     refresh    z_{t+1} <- clip(mu_z + std_z eps) for the sampled rows, as the behaviour would now
 
-where (a'', z'') = clip(mu'(o', z', a) + clipped noise) smooths the target over both. Where s is
+Actor, target networks and refresh take their turn in every `policy_frequency`-th update,
+and (a'', z'') = clip(mu'(o', z', a) + clipped noise) smooths the target over both. Where s is
 Markov, Q does not depend on z; without a privileged critic, z is one more input of Q. Compare with
 s2pg_sac.py, whose policy and kernel are learned distributions, by diff.
 
@@ -94,7 +95,7 @@ class Args:
     state_dim: int = 32
     """size of the recurrent cell (the internal state of an LSTM, h and c, is twice as large)"""
     memoryless: bool = False
-    """drop the internal state: plain TD3 on what the policy sees"""
+    """drop the internal state: TD3 on what the policy sees (Q still gets a_prev)"""
     critic_sees_z: bool = False
     """give z to a privileged critic too, as published"""
     refresh: bool = True
@@ -456,18 +457,20 @@ class S2PGTD3:
             args.policy_noise, args.noise_clip, args.gamma,
         )  # fmt: skip
         descend(self.critic_optimizer, qf_loss)
-        self.losses |= dict(qf1_values=q[0].mean(), qf2_values=q[1].mean(), qf_loss=qf_loss)
+        self.losses |= dict(
+            qf1_values=q[0].mean(), qf2_values=q[1].mean(), qf_loss=qf_loss.detach()
+        )
 
         self.updates += 1
         if self.updates % args.policy_frequency == 0:
             actor_loss, z_next = td3_actor_loss(self.actor, self.critic, batch)
             descend(self.actor_optimizer, actor_loss)
-            self.losses |= dict(actor_loss=actor_loss)
+            self.losses |= dict(actor_loss=actor_loss.detach())
             with torch.no_grad():  # theta' <- theta' + tau (theta - theta')
                 torch._foreach_lerp_(self.targets, self.online, args.tau)
             if args.refresh:  # from the means of the actor loss, one gradient step old and free
                 buffer.refresh(batch, perturbed(z_next, args.exploration_noise_z))
-        return {f"losses/{name}": value.detach() for name, value in self.losses.items()}
+        return {f"losses/{name}": value for name, value in self.losses.items()}
 
 
 Agent = S2PGTD3  # what `train` and `replay` work with
@@ -657,6 +660,7 @@ def train(args):
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     with writer, bar:
+        writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
         while True:
             policy_obs = torch.as_tensor(obs["policy"], device=device)
             with torch.no_grad():
@@ -755,7 +759,7 @@ def parse_args():
     args = tyro.cli(Args, description=__doc__)
     run_dir = args.resume or args.evaluate
     if run_dir is None:
-        task = args.env_id.split(":")[-1].split("-")[0]
+        task = args.env_id.split("-")[0]
         return tyro.cli(Args, description=__doc__, default=Args(**TUNED.get(task, {})))
     path = os.path.join(run_dir, "args.json")
     try:
@@ -770,7 +774,10 @@ def parse_args():
 
 
 def check_args(args):
-    """ValueError for an option that is out of range, or makes no sense beside another."""
+    """ValueError for an option that is out of range, or makes no sense beside another.
+
+    One table for the options of all scripts.
+    """
     inf, buffer_size = math.inf, vars(args).get("buffer_size", 2**62)
     limits = dict(
         seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf), state_dim=(1, inf),

@@ -191,8 +191,8 @@ def matrix_products(agent, buffer, updates=2):
 def on_policy(sizes, args):
     """{method: ten epochs over a rollout} of S2PG, memoryless and BPTT."""
     variants = {"memoryless": (s2pg_ppo, dict(memoryless=True)), "S2PG": (s2pg_ppo, {})}
-    for length in (16, 64, 256):
-        variants[f"BPTT, L = {length:3d}"] = bptt_ppo, dict(sequence_length=length)
+    for length in (16, 32, 64, 256):
+        variants[f"BPTT, L = {length}"] = bptt_ppo, dict(sequence_length=length)
     steps = {}
     for name, (module, variant) in variants.items():
         agent = module.Agent(module.Args(**variant), *sizes, True, torch.device(args.device))

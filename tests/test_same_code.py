@@ -30,6 +30,7 @@ def definitions(path):
     for node in ast.parse(source).body:
         text = ast.get_source_segment(source, node)
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            text = "".join(f"@{ast.unparse(d)}\n" for d in node.decorator_list) + text
             texts[node.name] = text
         elif isinstance(node, ast.Assign):
             texts[ast.unparse(node.targets[0])] = text

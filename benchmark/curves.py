@@ -96,7 +96,8 @@ def plot(path, column):
         for label, (steps, returns) in methods.items():
             mean, color = returns.mean(0), colors[label]
             panel.fill_between(steps, returns.min(0), returns.max(0), color=color, alpha=0.15, lw=0)
-            panel.plot(steps, mean, color=color, lw=2, label=f"{label} ({len(returns)} seeds)")
+            seeds = "1 seed" if len(returns) == 1 else f"{len(returns)} seeds"
+            panel.plot(steps, mean, color=color, lw=2, label=f"{label} ({seeds})")
             print(
                 f"{env_id:24s} {label:24s} at {steps[-1]}: "
                 f"{', '.join(f'{value:.1f}' for value in returns[:, -1])}; "

@@ -21,6 +21,9 @@ Sequences begin where the rollout or an episode does, and after every L rows; th
 through the h of all their rows before. With --privileged-critic V and its memory see the state s in
 place of o. Its counterpart s2pg_ppo.py needs no gradient through time: compare the two with diff.
 
+Unlike CleanRL's PPO: ReLU and PyTorch's initialisation, advantages normalised over the rollout,
+Pop-Art in place of normalised rewards.
+
     python bptt_ppo.py --env-id InvertedPendulum-v4 --total-timesteps 200000
     python bptt_ppo.py --env-id Humanoid-v4 --sequence-length 16 --num-envs 8 --seed 1
     python bptt_ppo.py --evaluate runs/RUN --eval-episodes 20 --capture-video

@@ -20,6 +20,9 @@ nothing is differentiated through time, and a minibatch is single transitions in
 With --privileged-critic V sees the state s in place of o. Its counterpart bptt_ppo.py
 differentiates a recurrent policy through time, along sequences: compare the two with diff.
 
+Unlike CleanRL's PPO: ReLU and PyTorch's initialisation, advantages normalised over the rollout,
+Pop-Art in place of normalised rewards.
+
     python s2pg_ppo.py --env-id InvertedPendulum-v4 --total-timesteps 200000
     python s2pg_ppo.py --env-id Humanoid-v4 --num-envs 8 --seed 1
     python s2pg_ppo.py --evaluate runs/RUN --eval-episodes 20 --capture-video

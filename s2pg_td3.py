@@ -106,7 +106,7 @@ class Args:
     gamma: float = 0.99
     """discount factor, in [0, 1)"""
     tau: float = 0.005
-    """share of the critic that flows into its target each update, in (0, 1]"""
+    """share of actor and critic that flows into their targets, when these move, in (0, 1]"""
     batch_size: int = 256
     """transitions in an update"""
     learning_starts: int = 5_000

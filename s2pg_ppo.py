@@ -787,6 +787,10 @@ def check_args(args):
         num_steps=(2, inf), num_minibatches=(1, inf), update_epochs=(1, inf), gae_lambda=(0, 1),
         clip_coef=(1e-9, inf), ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf),
         target_kl=(0, inf), std=(1e-9, inf), std_z=(1e-9, inf),
+        demonstration_episodes=(1, inf), bc_steps=(0, inf), bc_batch_size=(1, inf),
+        bc_sequence_length=(1, inf), bc_lr=(0, inf), discriminator_lr=(0, inf),
+        discriminator_frequency=(1, inf), discriminator_steps=(1, inf),
+        discriminator_entropy=(0, inf), regularizer=(1e-9, inf),
         checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
         num_threads=(1, inf),
     )  # fmt: skip

@@ -1,0 +1,1055 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch>=2.11", "gymnasium[mujoco]>=1.1", "mujoco>=3.3", "tyro", "tensorboard", "numpy", "tqdm"
+# ]
+# ///
+"""S2PG-GAIL: generative adversarial imitation with a stochastic stateful policy.
+
+Ho, Ermon, "Generative Adversarial Imitation Learning", 2016, with the policy of Al-Hafez, Zhao,
+Peters, Tateo, "Time-Efficient Reinforcement Learning with Stochastic Stateful Policies", ICLR 2024,
+https://arxiv.org/abs/2311.04082. A discriminator D learns to tell the expert's (s, a) from the
+policy's; S2PG-PPO learns from its reward, as s2pg_ppo.py does from the task's. The expert may have
+seen all of s, the policy sees o and remembers; D never sees its memory z.
+
+    discriminator  L(D) = E_expert[-log D] + E_policy[-log(1 - D)] - c H(D), over (s, a)
+    reward         r    = -log(1 - D + 1e-8), or with --reward airl log D - log(1 - D)
+    termination    r   += gamma r_abs / (1 - gamma), r_abs the reward in the absorbing state
+    policy, value  as in s2pg_ppo.py: PPO's with rho the ratio of (a, z') jointly
+
+-log(1 - D) is never negative, so ending an episode would be a loss whatever the expert does.
+Therefore the end of an episode is a state as well, which the policy never leaves, and D judges it,
+too (Kostrikov et al., "Discriminator-Actor-Critic", 2019). The task's reward is logged, and no part
+of the algorithm sees it. Compare with s2pg_ppo.py by diff.
+
+    python s2pg_gail.py --env-id InvertedPendulum-v4 --total-timesteps 200000
+    python s2pg_gail.py --env-id Hopper-v4 --demonstrations expert.npz --bc-steps 2000
+    python s2pg_gail.py --evaluate runs/RUN --eval-episodes 20 --capture-video
+"""
+
+import collections
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import sys
+import time
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import envs
+import envs.demonstrations
+
+
+@dataclasses.dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of this experiment"""
+    seed: int = 1
+    """seed of the networks, the noise and the environments, >= 0"""
+    torch_deterministic: bool = True
+    """sets `torch.backends.cudnn.deterministic`"""
+    cuda: bool = True
+    """use a CUDA card where there is one"""
+    track: bool = False
+    """log to Weights and Biases as well"""
+    wandb_project_name: str = "s2pg"
+    """project of Weights and Biases"""
+    wandb_entity: str | None = None
+    """entity (team) of Weights and Biases"""
+    capture_video: bool = False
+    """record videos of the first environment into the run's `videos` folder"""
+
+    env_id: str = "InvertedPendulum-v4"
+    """a Gymnasium MuJoCo id, a memory task of `envs`, or your own as `module:Id-v0`"""
+    env_kwargs: dict[str, int | float | bool | str] = dataclasses.field(default_factory=dict)
+    """arguments of the environment, as `--env-kwargs name value name value`"""
+    total_timesteps: int = 1_000_000
+    """environment steps of the whole run, counted over all environments"""
+    num_envs: int = 1
+    """environments stepped together, >= 1"""
+    hide: Literal["none", "velocities", "positions"] = "none"
+    """what a MuJoCo observation hides from the policy; `TUNED` below hides velocities"""
+    random_bodies: bool = False
+    """draw masses and geom sizes anew each episode; only the critic is told"""
+    wind: bool = False
+    """push the torso with a constant force of random sign; the forward reward follows its sign"""
+    privileged_critic: bool = True
+    """let the critic and the discriminator see the whole state instead of what the policy sees"""
+
+    demonstrations: str | None = None
+    """an .npz file, or `minari:NAME`; by default what `envs/demonstrations` has of the task"""
+    demonstration_episodes: int | None = None
+    """episodes to imitate, the first of them; by default all"""
+    bc_steps: int = 0
+    """steps of behaviour cloning before everything else, a warm start of the actor"""
+    bc_batch_size: int = 16
+    """sequences in a step of behaviour cloning"""
+    bc_sequence_length: int = 16
+    """rows that cloning backpropagates through"""
+    bc_lr: float = 1e-3
+    """learning rate of behaviour cloning"""
+
+    discriminator_sees: Literal["critic", "policy"] = "critic"
+    """what of the state: what the critic sees, or only what the policy does"""
+    reward: Literal["gail", "airl"] = "gail"
+    """-log(1 - D + 1e-8), in [0, 18.4], or log D - log(1 - D)"""
+    absorbing: bool = True
+    """treat the end of an episode as a state that goes on for ever; otherwise it is worth 0"""
+    discriminator_lr: float = 3e-4
+    """learning rate of the discriminator"""
+    discriminator_frequency: int = 3
+    """rollouts between two updates of the discriminator"""
+    discriminator_steps: int = 1
+    """gradient steps of such an update, each on a whole rollout and as many rows of the expert"""
+    discriminator_entropy: float = 1e-3
+    """weight of the entropy of D"""
+
+    rnn: Literal["gru", "lstm", "rnn"] = "gru"
+    """recurrent cell that gives the mean of the next internal state"""
+    state_dim: int = 32
+    """size of the recurrent cell (the internal state of an LSTM, h and c, is twice as large)"""
+    memoryless: bool = False
+    """drop the internal state: GAIL with a policy of what it sees alone (V still gets a_prev)"""
+    std: float = 0.5
+    """standard deviation of the action at the start, where its range is [-1, 1]"""
+    std_z: float = 0.1
+    """standard deviation of the internal state at the start; less of it hides less from the policy,
+    and lets rho leave 1 sooner"""
+
+    learning_rate: float = 3e-4
+    """learning rate of actor and critic"""
+    anneal_lr: bool = True
+    """let the learning rate fall to zero, linearly over the run"""
+    num_steps: int = 2048
+    """rows of a rollout in each environment"""
+    num_minibatches: int = 32
+    """minibatches of an epoch, or as many as there are transitions"""
+    update_epochs: int = 10
+    """epochs over a rollout"""
+    gamma: float = 0.99
+    """discount factor, in [0, 1)"""
+    gae_lambda: float = 0.95
+    """lambda of the generalised advantage estimates, in [0, 1]"""
+    norm_adv: bool = True
+    """normalise the advantages of a rollout"""
+    clip_coef: float = 0.2
+    """how far rho may leave 1; with --clip-vloss also V its old value"""
+    clip_vloss: bool = False
+    """clip the loss of the values, too, which lets V move by clip_coef standard deviations of the
+    returns in a rollout"""
+    ent_coef: float = 0.0
+    """weight of the entropy of (a, z')"""
+    vf_coef: float = 0.5
+    """weight of the loss of the values"""
+    max_grad_norm: float = 0.5
+    """norm at which the gradient is clipped"""
+    target_kl: float | None = None
+    """no further epoch on a rollout once the divergence from the old policy, over an epoch, is
+    larger"""
+
+    resume: str | None = None
+    """folder of a run to continue; options given beside it replace the run's own, but random
+    states come from the checkpoint; the rollout that was under way is not"""
+    checkpoint_frequency: int = 10_000
+    """environment steps between two checkpoints"""
+    eval_frequency: int = 10_000
+    """environment steps between two evaluations; 0 for none but the last"""
+    eval_episodes: int = 5
+    """episodes of an evaluation, deterministic and stochastic each"""
+    evaluate: str | None = None
+    """folder of a run to replay instead of training"""
+    save_demonstrations: str | None = None
+    """with --evaluate: write the deterministic episodes to this .npz file"""
+    num_threads: int = 1
+    """CPU threads of torch; more than one rarely pays for networks of this size"""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """of float32 matrix products: "medium" computes them in bfloat16 where the hardware can"""
+
+
+# What a task wants different from the defaults; options on the command line come before these.
+TUNED = {
+    "Ant": dict(hide="velocities"),
+    "HalfCheetah": dict(hide="velocities"),
+    "Hopper": dict(hide="velocities", clip_coef=0.05),
+    "Humanoid": dict(hide="velocities", clip_coef=0.1),
+    "HumanoidStandup": dict(hide="velocities", clip_coef=0.1),
+    "InvertedDoublePendulum": dict(hide="velocities"),
+    "InvertedPendulum": dict(hide="velocities"),
+    "Swimmer": dict(hide="velocities"),
+    "Walker2d": dict(hide="velocities", clip_coef=0.05),
+}
+EVAL_SEED = 2**20  # evaluation plays other episodes than training, and others each time
+
+
+class GaussianStatefulActor(nn.Module):
+    """The joint kernel pi(a, z' | o, z, a_prev), a diagonal Gaussian with a state-free std.
+
+    A recurrent cell gives the mean of z', from which the policy reads the mean of a. It reads the
+    mean and not the sample z', so a and z' are conditionally independent.
+
+    Shapes: o [B, O], normalised; z, z' [B, Z]; a, a_prev [B, A], where the environment and a_prev
+    get a clipped to [-1, 1]. For an LSTM z = (h, c).
+    """
+
+    def __init__(self, obs_dim, action_dim, state_dim, rnn, std, std_z):
+        super().__init__()
+        self.action_dim, self.state_dim, self.rnn = action_dim, state_dim, rnn
+        self.z_dim = 2 * state_dim if rnn == "lstm" else state_dim
+        self.normalizer = RunningNormalizer(obs_dim, clip=10.0)
+        self.policy_obs = nn.Linear(obs_dim, 128)
+        if state_dim > 0:
+            self.kernel_obs = nn.Linear(obs_dim, 128)
+            self.kernel_action = nn.Linear(action_dim, 128)
+            cells = {"gru": nn.GRUCell, "lstm": nn.LSTMCell, "rnn": nn.RNNCell}
+            self.cell = cells[rnn](256, state_dim)
+        self.policy_hidden = nn.Linear(128 + state_dim, 128)
+        self.policy_head = nn.Linear(128, action_dim)
+        stds = torch.cat([torch.full((action_dim,), std), torch.full((self.z_dim,), std_z)])
+        self.log_std = nn.Parameter(stds.log())
+
+    def next_state(self, obs, z, a_prev):
+        """Mean of z' [B, Z]: the internal state after `obs`, without noise."""
+        if self.state_dim == 0:
+            return z
+        e = torch.relu_(torch.cat([self.kernel_obs(obs), self.kernel_action(a_prev)], -1))
+        if self.rnn == "lstm":
+            return torch.cat(self.cell(e, z.chunk(2, -1)), -1)
+        return self.cell(e, z)
+
+    def forward(self, obs, z, a_prev):
+        """Mean of (a, z') [B, A + Z]."""
+        mean_z = self.next_state(obs, z, a_prev)
+        h = torch.cat([torch.relu_(self.policy_obs(obs)), mean_z[..., : self.state_dim]], -1)
+        return torch.cat([self.policy_head(torch.relu_(self.policy_hidden(h))), mean_z], -1)
+
+    def act(self, obs, z, a_prev, deterministic=False):
+        """a [B, A], clipped, and z' [B, Z] after raw `obs`, both sampled or both noise-free."""
+        sample = self(self.normalizer(obs), z, a_prev)
+        if not deterministic:
+            sample = sample + self.log_std.exp() * torch.randn_like(sample)
+        a, z = sample.split([self.action_dim, self.z_dim], -1)
+        return a.clamp(-1, 1), z
+
+
+class Critic(nn.Module):
+    """V [B] of o, or of the state s, both normalised; of z and a_prev; in units of `returns`."""
+
+    def __init__(self, critic_dim, z_dim, action_dim):
+        super().__init__()
+        self.normalizer = RunningNormalizer(critic_dim, clip=10.0)
+        self.returns = RunningNormalizer(min_std=1e-2)
+        inputs, relu = critic_dim + z_dim + action_dim, nn.ReLU(inplace=True)
+        self.hidden = nn.Sequential(nn.Linear(inputs, 128), relu, nn.Linear(128, 128), relu)
+        self.head = nn.Linear(128, 1)
+
+    def forward(self, state, z, a_prev):
+        return self.head(self.hidden(torch.cat([state, z, a_prev], -1))).squeeze(-1)
+
+
+class RunningNormalizer(nn.Module):
+    """(x - mean) / std of all x it was shown, in [-clip, clip]; part of every checkpoint."""
+
+    def __init__(self, *shape, clip=math.inf, min_std=1e-4):
+        super().__init__()
+        self.clip, self.min_std = clip, min_std
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("count", torch.tensor(0.0))
+
+    @property
+    def std(self):
+        return (self.var + 1e-8).sqrt().clamp(min=self.min_std)
+
+    def forward(self, x):
+        return ((x - self.mean) / self.std).clamp(-self.clip, self.clip)
+
+    def inverse(self, x):
+        return x * self.std + self.mean
+
+    def update(self, x):
+        """Take in rows x [B, .] (Chan et al. 1979, parallel variance)."""
+        n = self.count + len(x)
+        delta = x.mean(0) - self.mean
+        squares = self.var * self.count + x.var(0, correction=0) * len(x)
+        self.var.copy_((squares + delta.square() * self.count * len(x) / n) / n)
+        self.mean += delta * len(x) / n
+        self.count.copy_(n)
+
+
+@torch.no_grad()
+def update_returns(normalizer, head, returns):
+    """Take in `returns` [B], and rescale the layer that predicts them so that no V changes.
+
+    Pop-Art: van Hasselt et al., "Learning values across many orders of magnitude", 2016, eq. 4.
+    """
+    mean, std = normalizer.mean.clone(), normalizer.std
+    normalizer.update(returns)
+    head.weight *= std / normalizer.std
+    head.bias.copy_((std * head.bias + mean - normalizer.mean) / normalizer.std)
+
+
+class Discriminator(nn.Module):
+    """The logit of D [B], how much (s, a) looks like the expert's, from its rows.
+
+    A row is [s, a, 0], or [0, 0, 1] for the absorbing state behind the end of an episode; s is
+    normalised here, by what it was shown of expert and policy.
+    """
+
+    def __init__(self, state_dim, action_dim):
+        super().__init__()
+        self.state_dim = state_dim
+        self.normalizer = RunningNormalizer(state_dim, clip=10.0)
+        self.net = nn.Sequential(
+            nn.Linear(state_dim + action_dim + 1, 512), nn.Tanh(),
+            nn.Linear(512, 256), nn.Tanh(), nn.Linear(256, 1),
+        )  # fmt: skip
+
+    def forward(self, rows):
+        state, rest = rows.split([self.state_dim, rows.shape[-1] - self.state_dim], -1)
+        state = self.normalizer(state) * (1 - rest[..., -1:])
+        return self.net(torch.cat([state, rest], -1)).squeeze(-1)
+
+
+def discriminator_rows(state, action, ended):
+    """What a discriminator sees of transitions: [B, S + A + 1], and a row more for each `ended`."""
+    rows = torch.cat([state, action, torch.zeros_like(action[:, :1])], -1)
+    absorbing = torch.zeros_like(rows[ended])
+    absorbing[:, -1] = 1
+    return torch.cat([rows, absorbing])
+
+
+def discriminator_loss(policy_logit, expert_logit, entropy_coef):
+    """E_expert[-log D] + E_policy[-log(1 - D)] - c H(D), H over both; also H, detached."""
+    # -log sigmoid(x) = softplus(-x)
+    bce = F.softplus(-expert_logit).mean() + F.softplus(policy_logit).mean()
+    logit = torch.cat([policy_logit, expert_logit])
+    entropy = (F.softplus(-logit) + (1 - torch.sigmoid(logit)) * logit).mean()
+    return bce - entropy_coef * entropy, entropy.detach()
+
+
+def imitation_reward(logit, kind):
+    """-log(1 - D + 1e-8) ("gail"), or log D - log(1 - D) ("airl"), of the logit of D."""
+    return -(torch.sigmoid(-logit) + 1e-8).log() if kind == "gail" else logit
+
+
+class Demonstrations:
+    """Episodes of an expert side by side, [time, episode]; one of T steps has T + 1 rows.
+
+    The last row of an episode holds its final observation, and no action; those behind it are
+    padding. `z` is the memory of a policy that was taken along, see `roll`.
+    """
+
+    def __init__(self, episodes, device):
+        longest = max(len(episode["observations"]) for episode in episodes)
+
+        def side_by_side(name):
+            columns = [episode[name] for episode in episodes]
+            rest = columns[0].ndim * [(0, 0)]
+            padded = [np.pad(c, [(0, longest - len(c)), *rest[1:]]) for c in columns]
+            return torch.as_tensor(np.stack(padded, 1), device=device)
+
+        self.obs = side_by_side("observations")
+        self.critic_obs = side_by_side("critic_observations")
+        self.action = side_by_side("actions")
+        self.terminated = side_by_side("terminations")
+        self.a_prev = torch.cat([torch.zeros_like(self.action[:1]), self.action[:-1]])
+        lengths = [len(episode["actions"]) for episode in episodes]
+        self.length = torch.tensor(lengths, device=device)
+        self.valid = torch.arange(longest, device=device)[:, None] < self.length  # transitions
+        self.returns = [float(episode["rewards"].sum()) for episode in episodes]
+
+    @torch.no_grad()
+    def roll(self, step, z_dim):
+        """Set `z` [T + 1, E, Z]: the memory of the policy along what the expert saw and did.
+
+        `step(o, z, a_prev)` gives the noise-free action and a sample of z'.
+        """
+        z = torch.zeros(self.action.shape[1], z_dim, device=self.action.device)
+        self.z = torch.zeros(*self.action.shape[:2], z_dim, device=self.action.device)
+        for t in range(len(self.z)):
+            self.z[t] = z
+            _, z = step(self.obs[t], z, self.a_prev[t])
+
+
+def cloning_loss(step, demonstrations, batch_size, length):
+    """E[|a - mu_a|^2] over random sequences of at most `length` rows, which begin at their z.
+
+    Backpropagation through time, as the expert has no memory that could be data.
+    """
+    data, device = demonstrations, demonstrations.obs.device
+    episode = torch.randint(len(data.length), (batch_size,), device=device)
+    start = (torch.rand(batch_size, device=device) * data.length[episode]).long()
+    z, losses, rows = data.z[start, episode], 0.0, 0
+    for k in range(length):
+        row = (start + k).clamp(max=len(data.obs) - 1), episode
+        mean, z = step(data.obs[row], z, data.a_prev[row])
+        error = (mean - data.action[row]).square().sum(-1)
+        losses, rows = losses + (error * data.valid[row]).sum(), rows + data.valid[row].sum()
+    return losses / rows
+
+
+def behaviour_cloning(step, actor, demonstrations, args):
+    """`bc_steps` gradient steps of the actor on `cloning_loss`; returns the last loss."""
+    optimizer = torch.optim.Adam(actor.parameters(), lr=args.bc_lr)
+    for i in tqdm(range(args.bc_steps), desc="cloning", dynamic_ncols=True, leave=False):
+        if i % 100 == 0:
+            demonstrations.roll(step, actor.z_dim)
+        loss = cloning_loss(step, demonstrations, args.bc_batch_size, args.bc_sequence_length)
+        check_finite({"the loss of behaviour cloning": loss})
+        descend(optimizer, loss)
+    return loss.detach()
+
+
+class Rollout:
+    """Up to num_steps rows [time, env] of a vector environment (autoreset next step), and one more.
+
+    An episode of T transitions fills T + 1 rows; the last holds the final observation, and its
+    action is ignored. Row t + 1 completes row t: it holds the next observation and internal state.
+    So a row is a transition unless its successor is the `first` of an episode. The row after the
+    last has no action yet; it is the first of the next rollout as well.
+    """
+
+    def __init__(self, num_steps, num_envs, obs_dim, critic_dim, z_dim, action_dim, device):
+        def rows(*shape, dtype=torch.float32):
+            return torch.zeros(num_steps + 1, num_envs, *shape, dtype=dtype, device=device)
+
+        self.obs, self.critic_obs = rows(obs_dim), rows(critic_dim)
+        self.z, self.a_prev = rows(z_dim), rows(action_dim)
+        self.action = rows(action_dim)  # the sample, before it is clipped
+        self.log_prob, self.value, self.reward = rows(), rows(), rows()
+        self.terminated, self.first = rows(dtype=torch.bool), rows(dtype=torch.bool)
+        self.length = 0
+
+    def add(self, **row):
+        """Write the next row, or a part of it: arrays or tensors [num_envs, ...] by their names."""
+        for name, value in row.items():
+            rows = getattr(self, name)
+            rows[self.length] = torch.as_tensor(value, device=rows.device)
+        self.length += 1
+
+    def clear(self):
+        """Begin a new rollout; returns the finished one as a dict of tensors [T + 1, N, ...]."""
+        length, self.length = self.length, 0
+        return {k: v[:length] for k, v in vars(self).items() if torch.is_tensor(v)}
+
+
+def gaussian_log_prob(x, mean, log_std):
+    """log N(x; mean, diag(std^2)) [B], for x [B, D]."""
+    standardized = (x - mean) * (-log_std).exp()
+    return -0.5 * standardized.square().sum(-1) - (log_std + 0.5 * math.log(2 * math.pi)).sum()
+
+
+def gaussian_entropy(log_std):
+    """Entropy of a diagonal Gaussian, in nats."""
+    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+
+
+def gae(reward, value, terminated, valid, gamma, gae_lambda):
+    """Generalised advantage estimates [T, N] (Schulman et al. 2016, eq. 16); 0 where not `valid`.
+
+    `value` has one row more, [T + 1, N]. Time limits are bootstrapped through, as only `terminated`
+    cuts delta. The sum ends with the episode, as its final row is not a `valid` transition.
+    """
+    delta = valid * (reward + gamma * ~terminated * value[1:] - value[:-1])
+    decay = gamma * gae_lambda * valid
+    advantage = torch.zeros_like(value)
+    for t in reversed(range(len(delta))):
+        torch.addcmul(delta[t], decay[t], advantage[t + 1], out=advantage[t])
+    return advantage[:-1]
+
+
+def clipped_policy_loss(log_prob, old_log_prob, advantage, clip_coef):
+    """-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] (Schulman et al. 2017, eq. 7); log rho [B].
+
+    ValueError unless all three are [B]: [B, 1] and [B] would be multiplied to [B, B], without a
+    word.
+    """
+    if log_prob.ndim != 1 or not log_prob.shape == old_log_prob.shape == advantage.shape:
+        shapes = [tuple(x.shape) for x in (log_prob, old_log_prob, advantage)]
+        raise ValueError(f"log_prob, old_log_prob and advantage must be [B], and are {shapes}")
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.min(ratio * advantage, clipped * advantage).mean(), log_ratio.detach()
+
+
+def value_loss(value, old_value, returns, clip_coef):
+    """E[(V - R)^2] / 2; with a `clip_coef`, of V or V clipped near its old value, what is worse."""
+    error = (value - returns).square()
+    if clip_coef is not None:
+        clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
+        error = torch.max(error, (clipped - returns).square())
+    return 0.5 * error.mean()
+
+
+class Batch(NamedTuple):
+    """B transitions of a rollout; `state` is what the critic sees."""
+
+    obs: torch.Tensor  # [B, O], normalised
+    state: torch.Tensor  # [B, S], normalised
+    z: torch.Tensor  # [B, Z]
+    a_prev: torch.Tensor  # [B, A]
+    sample: torch.Tensor  # [B, A + Z], a and z'
+    old_log_prob: torch.Tensor  # [B]
+    old_value: torch.Tensor  # [B], normalised like the returns
+    advantage: torch.Tensor  # [B]
+    returns: torch.Tensor  # [B], normalised
+
+
+def ppo_loss(log_prob, value, entropy, batch, args):
+    """L(pi) + vf_coef L(V) - ent_coef entropy; its parts, for the log; and log rho [B]."""
+    pg_loss, log_ratio = clipped_policy_loss(
+        log_prob, batch.old_log_prob, batch.advantage, args.clip_coef
+    )
+    clip_value = args.clip_coef if args.clip_vloss else None
+    v_loss = value_loss(value, batch.old_value, batch.returns, clip_value)
+    loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
+    return loss, dict(policy_loss=pg_loss, value_loss=v_loss, entropy=entropy), log_ratio
+
+
+def s2pg_ppo_loss(actor, critic, batch, args):
+    """The loss of single transitions, where rho is that of (a, z') jointly."""
+    mean = actor(batch.obs, batch.z, batch.a_prev)
+    log_prob = gaussian_log_prob(batch.sample, mean, actor.log_std)
+    value = critic(batch.state, batch.z, batch.a_prev)
+    return ppo_loss(log_prob, value, gaussian_entropy(actor.log_std), batch, args)
+
+
+class S2PGPPO:
+    """Networks and optimiser, and the update that trains them.
+
+    `privileged` makes no difference: a rollout is short enough to hold what both see twice.
+    """
+
+    def __init__(self, args, obs_dim, critic_dim, action_dim, privileged, device):
+        self.args, self.device, self.action_dim = args, device, action_dim
+        state_dim = 0 if args.memoryless else args.state_dim
+        actor = GaussianStatefulActor(
+            obs_dim, action_dim, state_dim, args.rnn, args.std, args.std_z
+        )
+        self.actor, self.z_dim = actor.to(device), actor.z_dim
+        self.critic = Critic(critic_dim, self.z_dim, action_dim).to(device)
+        self.parameters = [*self.actor.parameters(), *self.critic.parameters()]
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=args.learning_rate, eps=1e-5, fused=True
+        )
+        self.row_sizes = obs_dim, critic_dim, self.z_dim, action_dim
+
+    def make_rollout(self):
+        args = self.args
+        return Rollout(args.num_steps, args.num_envs, *self.row_sizes, self.device)
+
+    @torch.no_grad()
+    def act(self, obs, critic_obs, z, a_prev):
+        """Samples a [N, A] and z' [N, Z] with their joint log-density [N], and the value [N]."""
+        obs, critic_obs = (torch.as_tensor(x, device=self.device) for x in (obs, critic_obs))
+        mean = self.actor(self.actor.normalizer(obs), z, a_prev)
+        sample = mean + self.actor.log_std.exp() * torch.randn_like(mean)
+        log_prob = gaussian_log_prob(sample, mean, self.actor.log_std)
+        value = self.critic(self.critic.normalizer(critic_obs), z, a_prev)
+        a, z_next = sample.split([self.action_dim, self.z_dim], -1)
+        return a, z_next, log_prob, self.critic.returns.inverse(value)
+
+    def update(self, rollout):
+        """Epochs over a rollout; returns what to log, as tensors on the device."""
+        args, rows = self.args, rollout.clear()
+        valid, value = ~rows["first"][1:], rows["value"][:-1]
+        advantage = gae(
+            rows["reward"][:-1], rows["value"], rows["terminated"][:-1], valid,
+            args.gamma, args.gae_lambda,
+        )  # fmt: skip
+        returns = advantage + value
+        update_returns(self.critic.returns, self.critic.head, returns[valid])
+        if args.norm_adv:
+            std, mean = torch.std_mean(advantage[valid], correction=0)
+            advantage = (advantage - mean) / (std + 1e-8)
+        batch = Batch(
+            obs=self.actor.normalizer(rows["obs"][:-1]),
+            state=self.critic.normalizer(rows["critic_obs"][:-1]),
+            z=rows["z"][:-1],
+            a_prev=rows["a_prev"][:-1],
+            sample=torch.cat([rows["action"][:-1], rows["z"][1:]], -1),
+            old_log_prob=rows["log_prob"][:-1],
+            old_value=self.critic.returns(value),
+            advantage=advantage,
+            returns=self.critic.returns(returns),
+        )
+        batch = Batch(*(column[valid] for column in batch))
+
+        minibatches = min(args.num_minibatches, len(batch.obs))
+        for _ in range(args.update_epochs):
+            order, log_ratios = torch.randperm(len(batch.obs), device=self.device), []
+            for columns in zip(*(column[order].tensor_split(minibatches) for column in batch)):
+                minibatch = Batch(*columns)
+                loss, losses, log_ratio = s2pg_ppo_loss(self.actor, self.critic, minibatch, args)
+                self.optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
+                self.optimizer.step()
+                log_ratios.append(log_ratio)
+            log_ratio = torch.cat(log_ratios)
+            ratio = log_ratio.exp()
+            approx_kl = (ratio - 1 - log_ratio).mean()
+            if args.target_kl is not None and approx_kl > args.target_kl:
+                break
+
+        # the next rollout acts with new statistics, so that within one the policy is one policy
+        self.actor.normalizer.update(rows["obs"][:-1].flatten(0, 1))
+        self.critic.normalizer.update(rows["critic_obs"][:-1].flatten(0, 1))
+        unexplained = (returns - value)[valid].var(correction=0)
+        losses |= dict(
+            old_approx_kl=-log_ratio.mean(), approx_kl=approx_kl,
+            clipfrac=((ratio - 1).abs() > args.clip_coef).float().mean(),
+            explained_variance=1 - unexplained / (returns[valid].var(correction=0) + 1e-8),
+        )  # fmt: skip
+        return {f"losses/{name}": value.detach() for name, value in losses.items()}
+
+
+class S2PGGAIL(S2PGPPO):
+    """S2PG-PPO whose rewards come from a discriminator, and never from the task."""
+
+    def __init__(self, args, obs_dim, critic_dim, action_dim, privileged, device):
+        super().__init__(args, obs_dim, critic_dim, action_dim, privileged, device)
+        self.seen = "critic_obs" if args.discriminator_sees == "critic" else "obs"
+        seen_dim = critic_dim if args.discriminator_sees == "critic" else obs_dim
+        self.discriminator = Discriminator(seen_dim, action_dim).to(device)
+        self.discriminator_optimizer = torch.optim.Adam(
+            self.discriminator.parameters(), lr=args.discriminator_lr, fused=True
+        )
+        self.rollouts = torch.tensor(0)  # how many there were; a tensor goes into the checkpoint
+
+    def clone(self, demonstrations):
+        """Behaviour cloning, with the statistics of what the expert saw; returns its last loss."""
+        self.actor.normalizer.update(demonstrations.obs[demonstrations.valid])
+        return behaviour_cloning(self.step, self.actor, demonstrations, self.args)
+
+    def step(self, obs, z, a_prev):
+        """The noise-free action [B, A] and a sample of z' [B, Z], both with gradients."""
+        mean = self.actor(self.actor.normalizer(obs), z, a_prev)
+        a, mean_z = mean.split([self.action_dim, self.z_dim], -1)
+        std_z = self.actor.log_std[self.action_dim :].detach().exp()
+        return a, mean_z + std_z * torch.randn_like(mean_z)
+
+    def update(self, rollout, demonstrations):
+        """The discriminator, its rewards, and PPO with them; returns what to log, as tensors."""
+        args, last = self.args, rollout.length - 1
+        valid = ~rollout.first[1 : last + 1]
+        ended = rollout.terminated[:last] & args.absorbing
+        state, action = getattr(rollout, self.seen)[:last], rollout.action[:last].clamp(-1, 1)
+        policy_rows = discriminator_rows(state[valid], action[valid], ended[valid])
+        data, taken = demonstrations, demonstrations.valid
+        expert_ended = data.terminated[taken] & args.absorbing
+        expert_rows = discriminator_rows(
+            getattr(data, self.seen)[taken], data.action[taken], expert_ended
+        )
+
+        discriminator, coef = self.discriminator, args.discriminator_entropy
+        due = int(self.rollouts) % args.discriminator_frequency == 0
+        self.rollouts += 1
+        for _ in range(args.discriminator_steps if due else 0):
+            index = torch.randint(len(expert_rows), (len(policy_rows),), device=self.device)
+            rows = torch.cat([policy_rows, expert_rows[index]])
+            discriminator.normalizer.update(rows[rows[:, -1] == 0, : discriminator.state_dim])
+            loss, _ = discriminator_loss(*discriminator(rows).chunk(2), coef)
+            descend(self.discriminator_optimizer, loss)
+
+        with torch.no_grad():
+            policy_logit, expert_logit = discriminator(policy_rows), discriminator(expert_rows)
+            loss, entropy = discriminator_loss(policy_logit, expert_logit, coef)
+            absorbing_row = torch.zeros_like(policy_rows[0])
+            absorbing_row[-1] = 1
+            absorbing_reward = imitation_reward(discriminator(absorbing_row), args.reward)
+            reward = imitation_reward(policy_logit[: valid.sum()], args.reward)
+            rollout.reward[:last][valid] = reward
+            # the rewards of the absorbing state, for ever, from the step after the last
+            rollout.reward[:last] += ended * absorbing_reward * args.gamma / (1 - args.gamma)
+        metrics = super().update(rollout)
+        losses = dict(
+            discriminator_loss=loss, discriminator_entropy=entropy,
+            accuracy_policy=(policy_logit < 0).float().mean(),
+            accuracy_expert=(expert_logit > 0).float().mean(),
+            imitation_reward=reward.mean(), absorbing_reward=absorbing_reward,
+        )  # fmt: skip
+        return metrics | {f"losses/{name}": value for name, value in losses.items()}
+
+
+Agent = S2PGGAIL  # what `train` and `replay` work with
+
+
+def descend(optimizer, loss):
+    """One step of `optimizer`; gradients are computed for its own parameters only."""
+    optimizer.zero_grad()
+    loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
+    optimizer.step()
+
+
+def make_env(args, num_envs, video_folder=None):
+    """A vector environment: observations `Dict(policy, critic)`, actions in [-1, 1].
+
+    Replace `envs.make` by an environment of your own, or register it and name it in --env-id.
+    """
+
+    def make_one(index):
+        film = video_folder is not None and index == 0
+        env = envs.make(
+            args.env_id, hide=args.hide, random_bodies=args.random_bodies, wind=args.wind,
+            privileged_critic=args.privileged_critic, render_mode="rgb_array" if film else None,
+            **args.env_kwargs,
+        )  # fmt: skip
+        if film:
+            try:
+                env.reset(seed=args.seed)
+                env.render()
+                env = gym.wrappers.RecordVideo(env, video_folder, disable_logger=True)
+            except Exception as error:  # graphics drivers raise what they like
+                raise ValueError(
+                    f"cannot record video: {error} (without a screen, MUJOCO_GL=egl may help)"
+                ) from error
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+        return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+    makers = [functools.partial(make_one, index) for index in range(num_envs)]
+    return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+
+
+def dimensions(env):
+    """Sizes of the policy's observation, the critic's and the action; does the critic see more?"""
+    space = env.single_observation_space
+    sizes = space["policy"].shape[0], space["critic"].shape[0], env.single_action_space.shape[0]
+    return *sizes, env.get_attr("critic_sees_more")[0]
+
+
+def evaluate(actor, env, episodes, deterministic, seed):
+    """Play `episodes` episodes, an equal share in each environment; returns a list of them.
+
+    An episode of T steps is a dict of arrays: `observations` (the policy's) and
+    `critic_observations` [T + 1, .], `actions` [T, A] in the environment's own units, `rewards`,
+    `terminations` and `truncations` [T]. The random numbers of training go on as if never used.
+    """
+    device, n = next(actor.parameters()).device, env.num_envs
+    space = env.get_attr("unwrapped")[0].action_space
+    shares = [len(range(i, episodes, n)) for i in range(n)]
+    rows, played = [[] for _ in range(n)], [[] for _ in range(n)]
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        obs, _ = env.reset(seed=seed)
+        z = torch.zeros(n, actor.z_dim, device=device)
+        a_prev = torch.zeros(n, actor.action_dim, device=device)
+        final = np.zeros(n, dtype=bool)  # rows that hold the last observation of an episode
+        while any(len(p) < share for p, share in zip(played, shares)):
+            policy_obs = torch.as_tensor(obs["policy"], device=device)
+            action, z = actor.act(policy_obs, z, a_prev, deterministic)
+            a = action.cpu().numpy()
+            next_obs, reward, terminated, truncated, _ = env.step(a)
+            a = space.low + 0.5 * (a + 1) * (space.high - space.low)
+            columns = obs["policy"], obs["critic"], a, reward, terminated, truncated
+            for i, row in enumerate(zip(*columns)):
+                rows[i].append(row)
+                if final[i]:
+                    played[i].append([np.array(column) for column in zip(*rows[i])])
+                    rows[i] = []
+            keep = torch.as_tensor(~final, device=device).unsqueeze(-1)
+            z, a_prev = z * keep, action * keep
+            obs, final = next_obs, terminated | truncated
+    names = "actions", "rewards", "terminations", "truncations"
+    return [
+        dict(observations=o, critic_observations=s) | {k: v[:-1] for k, v in zip(names, rest)}
+        for p, share in zip(played, shares)
+        for o, s, *rest in p[:share]
+    ]
+
+
+def log_returns(writer, actor, env, args, step):
+    """Evaluate the actor, log its mean returns, and return them by mode."""
+    result = {}
+    for mode in ("deterministic", "stochastic"):
+        deterministic, seed = mode == "deterministic", args.seed + EVAL_SEED + step
+        episodes = evaluate(actor, env, args.eval_episodes, deterministic, seed)
+        result[mode] = np.mean([episode["rewards"].sum() for episode in episodes])
+        writer.add_scalar(f"eval/return_{mode}", result[mode], step)
+    return result
+
+
+def check_finite(tensors):
+    """FloatingPointError that names the first of `tensors` (a dict) with a NaN or an infinity."""
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(f"{name} is not finite")
+
+
+def save_checkpoint(run_dir, agent, state):
+    """Write RUN/checkpoint.pt whole or not at all, so that a kill leaves the last good one."""
+    for network in (agent.actor, agent.critic):
+        check_finite(network.state_dict())
+    path = os.path.join(run_dir, "checkpoint.pt")
+    parts = {k: v.state_dict() for k, v in vars(agent).items() if hasattr(v, "state_dict")}
+    tensors = {k: v.detach() for k, v in vars(agent).items() if torch.is_tensor(v)}
+    agent_state = dict(algorithm=type(agent).__name__, parts=parts, tensors=tensors)
+    torch.save(agent_state | state, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def load_checkpoint(run_dir, agent):
+    """Load RUN/checkpoint.pt into `agent`; returns all of it. ValueError where it does not fit."""
+    path = os.path.join(run_dir, "checkpoint.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{run_dir} holds no checkpoint.pt") from None
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged, or no checkpoint") from error
+    if not isinstance(state, dict) or state.get("algorithm") != type(agent).__name__:
+        raise ValueError(f"{path} is no checkpoint of {type(agent).__name__}")
+    try:
+        for name, saved in state["parts"].items():
+            part = getattr(agent, name)
+            for i, group in enumerate(saved.get("param_groups", [])):
+                group["lr"] = part.param_groups[i]["lr"]  # the options may ask for another
+            part.load_state_dict(saved)
+        for name, tensor in state["tensors"].items():
+            getattr(agent, name).data.copy_(tensor)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} holds networks of other sizes than these options") from error
+    return state
+
+
+def passed(every, last_step, step):
+    """Whether a multiple of `every` lies in (last_step, step]; never if `every` is 0."""
+    return every > 0 and step // every > last_step // every
+
+
+def train(args):
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}"
+    run_dir = os.path.normpath(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
+
+    videos = f"{run_dir}/videos/training-{time.time():.0f}" if args.capture_video else None
+    env = make_env(args, args.num_envs, videos)
+    eval_env = make_env(args, min(args.eval_episodes, 8))
+    agent = Agent(args, *dimensions(env), device)
+    rollout = agent.make_rollout()
+    demonstrations = Demonstrations(
+        envs.demonstrations.load(args.demonstrations, env.envs[0], args.demonstration_episodes),
+        device,
+    )
+    global_step = 0
+    if args.resume:
+        state = load_checkpoint(run_dir, agent)
+        global_step = state["global_step"]
+        if global_step >= args.total_timesteps:
+            raise ValueError(f"{run_dir} has done {global_step} steps; raise --total-timesteps")
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+    os.makedirs(run_dir, exist_ok=True)
+    args_path = os.path.join(run_dir, "args.json")
+    with open(args_path + ".tmp", "w") as file:
+        json.dump(vars(args) | dict(resume=None), file, indent=2)
+    os.replace(args_path + ".tmp", args_path)
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
+            name=os.path.basename(run_dir), id=os.path.basename(run_dir)[-64:], resume="allow",
+            sync_tensorboard=True, save_code=True,
+        )  # fmt: skip
+
+    def stop(signum, frame):
+        stop_signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)  # the second one does not wait
+
+    stop_signals = []
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    start_step, rollout_step, start_time = global_step, global_step, time.time()
+    returns, metrics, result = collections.deque(maxlen=10), {}, {}
+    obs, _ = env.reset(seed=args.seed + global_step)  # a resumed run goes on with new episodes
+    z = torch.zeros(args.num_envs, agent.z_dim, device=device)
+    a_prev = torch.zeros(args.num_envs, agent.action_dim, device=device)
+    first = np.ones(args.num_envs, dtype=bool)  # rows that begin an episode
+    final = np.zeros(args.num_envs, dtype=bool)  # rows that hold its last observation
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
+    with writer, bar:
+        writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
+        writer.add_scalar("charts/expert_return", np.mean(demonstrations.returns), global_step)
+        if args.bc_steps > 0 and not args.resume:
+            writer.add_scalar("losses/bc_loss", agent.clone(demonstrations), global_step)
+            result = log_returns(writer, agent.actor, eval_env, args, global_step)
+        while True:
+            action, z_next, log_prob, value = agent.act(obs["policy"], obs["critic"], z, a_prev)
+            clipped = action.clamp(-1, 1)
+            a = clipped.cpu().numpy()
+            if not np.isfinite(a).all():
+                check_finite(metrics | {"the action": action})
+            next_obs, _, terminated, truncated, info = env.step(a)
+            rollout.add(  # without the reward
+                obs=obs["policy"], critic_obs=obs["critic"], z=z, a_prev=a_prev, action=action,
+                log_prob=log_prob, value=value, terminated=terminated, first=first,
+            )  # fmt: skip
+
+            # a final row is no step: the environment ignores its action and begins anew ...
+            last_step, env_step = global_step, global_step + np.cumsum(~final)
+            global_step = int(env_step[-1])
+            bar.update(global_step - last_step)
+            for i in np.flatnonzero(info.get("_episode", [])):
+                returns.append(info["episode"]["r"][i])
+                writer.add_scalar("charts/episodic_return", info["episode"]["r"][i], env_step[i])
+                writer.add_scalar("charts/episodic_length", info["episode"]["l"][i], env_step[i])
+                bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
+            # ... and so does the memory
+            keep = torch.as_tensor(~final, device=device).unsqueeze(-1)
+            z, a_prev = z_next * keep, clipped * keep
+            obs, first, final = next_obs, final, terminated | truncated
+
+            finished, stopped = global_step >= args.total_timesteps, bool(stop_signals)
+            if rollout.length == args.num_steps or finished:
+                *_, value = agent.act(obs["policy"], obs["critic"], z, a_prev)
+                rollout.add(z=z, value=value, first=first)
+                lr = args.learning_rate
+                if args.anneal_lr:
+                    lr *= 1 - rollout_step / args.total_timesteps
+                agent.optimizer.param_groups[0]["lr"] = lr
+                metrics, rollout_step = agent.update(rollout, demonstrations), global_step
+                check_finite(metrics)
+                for name, value in metrics.items():
+                    writer.add_scalar(name, value, global_step)
+                writer.add_scalar("charts/learning_rate", lr, global_step)
+                sps = (global_step - start_step) / (time.time() - start_time)
+                writer.add_scalar("charts/SPS", sps, global_step)
+            if finished or passed(args.eval_frequency, last_step, global_step):
+                result = log_returns(writer, agent.actor, eval_env, args, global_step)
+            save = finished or passed(args.checkpoint_frequency, last_step, global_step)
+            if save or stopped:
+                state = dict(global_step=global_step, rng=torch.get_rng_state())
+                if device.type == "cuda":
+                    state["cuda_rng"] = torch.cuda.get_rng_state(device)
+                check_finite(metrics)
+                save_checkpoint(run_dir, agent, state)
+            if finished or stopped:
+                break
+    env.close()
+    eval_env.close()
+    if not finished:
+        print(f"stopped at step {global_step}; go on with --resume {run_dir}")
+        sys.exit(128 + stop_signals[0])
+    result = ", ".join(f"{mode} {mean:.1f}" for mode, mean in result.items())
+    print(f"{run_dir}: return at step {global_step}: {result}")
+
+
+def replay(args):
+    """Evaluate a trained policy: print its returns, record videos and demonstrations."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    for mode in ("deterministic", "stochastic"):
+        record = mode == "deterministic"
+        videos = f"{args.evaluate}/videos/evaluation-{time.time():.0f}"
+        film = args.capture_video and record
+        env = make_env(args, min(args.eval_episodes, 8), videos if film else None)
+        agent = Agent(args, *dimensions(env), device)
+        load_checkpoint(args.evaluate, agent)
+        episodes = evaluate(agent.actor, env, args.eval_episodes, record, args.seed + EVAL_SEED)
+        env.close()
+        returns = [episode["rewards"].sum() for episode in episodes]
+        length = np.mean([len(episode["rewards"]) for episode in episodes])
+        print(
+            f"{mode}: return {np.mean(returns):.1f} +- {np.std(returns):.1f}, length {length:.0f}, "
+            f"{len(episodes)} episodes"
+        )
+        if args.save_demonstrations and record:
+            arrays = {k: np.concatenate([episode[k] for episode in episodes]) for k in episodes[0]}
+            made_by = json.dumps(vars(args) | dict(returns=returns))
+            with open(args.save_demonstrations + ".tmp", "wb") as file:
+                np.savez_compressed(file, **arrays, env_id=args.env_id, made_by=made_by)
+            os.replace(args.save_demonstrations + ".tmp", args.save_demonstrations)
+
+
+def parse_args():
+    """The command line, over the options of the run or what the task wants, over the defaults."""
+    args = tyro.cli(Args, description=__doc__)
+    run_dir = args.resume or args.evaluate
+    if run_dir is None:
+        task = args.env_id.split("-")[0]
+        return tyro.cli(Args, description=__doc__, default=Args(**TUNED.get(task, {})))
+    path = os.path.join(run_dir, "args.json")
+    try:
+        with open(path) as file:
+            defaults = Args(**json.load(file))
+            defaults.capture_video &= args.evaluate is None
+    except FileNotFoundError:
+        raise ValueError(f"{run_dir} is no run: it holds no args.json") from None
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or another script's ({error})") from None
+    return tyro.cli(Args, description=__doc__, default=defaults)
+
+
+def check_args(args):
+    """ValueError for an option that is out of range, or makes no sense beside another.
+
+    One table for the options of all scripts.
+    """
+    inf, buffer_size = math.inf, vars(args).get("buffer_size", 2**62)
+    limits = dict(
+        seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf), state_dim=(1, inf),
+        sequence_length=(1, inf), burn_in=(0, inf), buffer_size=(5 * args.num_envs, inf),
+        # episodes of a single step fill two rows, one of them a transition
+        learning_starts=(1, buffer_size // 2 - 2 * args.num_envs), batch_size=(1, inf),
+        gamma=(0, 1 - 1e-9), tau=(1e-9, 1), utd=(0, 1e6), actor_lr=(0, inf), critic_lr=(0, inf),
+        alpha=(1e-9, inf), alpha_lr=(0, inf), alpha_z=(1e-9, inf), alpha_z_lr=(0, inf),
+        exploration_noise=(0, inf), exploration_noise_z=(0, inf), policy_noise=(0, inf),
+        noise_clip=(0, inf), policy_frequency=(1, inf), learning_rate=(0, inf),
+        num_steps=(2, inf), num_minibatches=(1, inf), update_epochs=(1, inf), gae_lambda=(0, 1),
+        clip_coef=(1e-9, inf), ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf),
+        target_kl=(0, inf), std=(1e-9, inf), std_z=(1e-9, inf),
+        demonstration_episodes=(1, inf), bc_steps=(0, inf), bc_batch_size=(1, inf),
+        bc_sequence_length=(1, inf), bc_lr=(0, inf), discriminator_lr=(0, inf),
+        discriminator_frequency=(1, inf), discriminator_steps=(1, inf),
+        discriminator_entropy=(0, inf), regularizer=(1e-9, inf),
+        checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
+        num_threads=(1, inf),
+    )  # fmt: skip
+    for name in limits.keys() & vars(args).keys():
+        (low, high), value = limits[name], getattr(args, name)
+        if value is not None and not low <= value <= high:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is {value}; it must be in [{low}, {high}]")
+    if args.resume and args.evaluate:
+        raise ValueError("--resume and --evaluate exclude each other")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--track needs Weights and Biases: pip install wandb")
+    path = args.save_demonstrations
+    if path and not (args.evaluate and path.endswith(".npz")):
+        raise ValueError("--save-demonstrations takes a FILE.npz, and --evaluate RUN beside it")
+
+
+def main():
+    """Bad input, unusable files and losses that blow up end in one sentence and exit status 1."""
+    try:
+        args = parse_args()
+        check_args(args)
+        torch.set_num_threads(args.num_threads)
+        torch.set_float32_matmul_precision(args.matmul_precision)
+        torch.backends.cudnn.allow_tf32 = args.matmul_precision != "highest"
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        replay(args) if args.evaluate else train(args)
+    except (ValueError, FloatingPointError, OSError) as error:
+        sys.exit(f"{os.path.basename(__file__)}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1010 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch>=2.11", "gymnasium[mujoco]>=1.1", "mujoco>=3.3", "tyro", "tensorboard", "numpy", "tqdm"
+# ]
+# ///
+"""S2PG-LSIQ: least-squares inverse Q-learning with a stochastic stateful policy.
+
+Al-Hafez, Tateo, Arenz, Zhao, Peters, "LS-IQ: Implicit Reward Regularization for Inverse
+Reinforcement Learning", ICLR 2023, with the policy of "Time-Efficient Reinforcement Learning with
+Stochastic Stateful Policies", ICLR 2024, https://arxiv.org/abs/2311.04082. There is no reward and
+no discriminator: the critic of S2PG-SAC is driven to r_max = 1/c a step where the expert is, and to
+r_min = -1/c where the policy is. The expert may have seen all of s, the policy sees o and
+remembers; its memory along the demonstrations is rolled once, then refreshed like the buffer's.
+
+    bootstrap  y = gamma (1 - d) clip(V', Q_min, Q_max), with Q_max = 1/(c (1 - gamma)) = -Q_min
+               V' = min_i Q'_i(s', a'', z'', a) - alpha log pi_a(a'' | o', z', a)
+    sqil_like  L(Q) = E_expert[(Q - Q_max)^2] + E_policy[(Q - (r_min + y))^2]
+    iq_like    L(Q) = E_policy[Q - y] - E_expert[Q - y] + c E[(Q - y)^2], the last over both
+    actor      as in s2pg_sac.py, on states of the policy and of the expert
+
+for each of the two Q(s, a, z', a_prev). A terminated episode stays in an absorbing state for ever:
+there r_min / (1 - gamma) stands for r_min, and (1 - gamma) (Q - y)^2 for the square. The task's
+reward is logged, and no part of the algorithm sees it. Compare with s2pg_sac.py by diff.
+
+    python s2pg_lsiq.py --env-id InvertedPendulum-v4 --total-timesteps 20000
+    python s2pg_lsiq.py --env-id Hopper-v4 --demonstrations expert.npz --loss iq_like
+    python s2pg_lsiq.py --evaluate runs/RUN --eval-episodes 20 --capture-video
+"""
+
+import collections
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import sys
+import time
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import envs
+import envs.demonstrations
+
+
+@dataclasses.dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of this experiment"""
+    seed: int = 1
+    """seed of the networks, the noise and the environments, >= 0"""
+    torch_deterministic: bool = True
+    """sets `torch.backends.cudnn.deterministic`"""
+    cuda: bool = True
+    """use a CUDA card where there is one"""
+    track: bool = False
+    """log to Weights and Biases as well"""
+    wandb_project_name: str = "s2pg"
+    """project of Weights and Biases"""
+    wandb_entity: str | None = None
+    """entity (team) of Weights and Biases"""
+    capture_video: bool = False
+    """record videos of the first environment into the run's `videos` folder"""
+
+    env_id: str = "InvertedPendulum-v4"
+    """a Gymnasium MuJoCo id, a memory task of `envs`, or your own as `module:Id-v0`"""
+    env_kwargs: dict[str, int | float | bool | str] = dataclasses.field(default_factory=dict)
+    """arguments of the environment, as `--env-kwargs name value name value`"""
+    total_timesteps: int = 1_000_000
+    """environment steps of the whole run, counted over all environments"""
+    num_envs: int = 1
+    """environments stepped together, >= 1"""
+    hide: Literal["none", "velocities", "positions"] = "none"
+    """what a MuJoCo observation hides from the policy; `TUNED` below hides velocities"""
+    random_bodies: bool = False
+    """draw masses and geom sizes anew each episode; only the critic is told"""
+    wind: bool = False
+    """push the torso with a constant force of random sign; the forward reward follows its sign"""
+    privileged_critic: bool = True
+    """let the critic see the whole state; otherwise, or if the environment has no more to show, it
+    sees what the policy sees, and z"""
+
+    demonstrations: str | None = None
+    """an .npz file, or `minari:NAME`; by default what `envs/demonstrations` has of the task"""
+    demonstration_episodes: int | None = None
+    """episodes to imitate, the first of them; by default all"""
+    bc_steps: int = 0
+    """steps of behaviour cloning before everything else, a warm start of the actor"""
+    bc_batch_size: int = 16
+    """sequences in a step of behaviour cloning"""
+    bc_sequence_length: int = 16
+    """rows that cloning backpropagates through"""
+    bc_lr: float = 1e-3
+    """learning rate of behaviour cloning"""
+
+    loss: Literal["sqil_like", "iq_like"] = "sqil_like"
+    """of the critic, see above"""
+    expert_target: Literal["fix", "bootstrap"] = "fix"
+    """of sqil_like: Q_max, or r_max + y"""
+    regularizer: float = 0.5
+    """c; rewards are within +-1/c, and Q within +-1/(c (1 - gamma))"""
+    clip_target: bool = True
+    """keep the bootstrapped value within what rewards of +-1/c allow"""
+    absorbing: bool = True
+    """treat the end of an episode as a state that goes on for ever; otherwise it is worth 0"""
+
+    kernel: Literal["atanh", "official"] = "atanh"
+    """mean of the internal-state kernel before its tanh: atanh(g) keeps what the cell keeps, the
+    published g is squashed twice and leaks"""
+    rnn: Literal["gru", "lstm", "rnn"] = "gru"
+    """recurrent cell that gives the mean g of the next internal state"""
+    state_dim: int = 32
+    """size of the recurrent cell (the internal state of an LSTM, h and c, is twice as large)"""
+    memoryless: bool = False
+    """drop the internal state: LSIQ with a policy of what it sees alone (Q still gets a_prev)"""
+    critic_sees_z: bool = False
+    """give z to a privileged critic too, as published"""
+    refresh: bool = True
+    """rewrite the stored internal state of the sampled rows after each actor step"""
+
+    buffer_size: int = 1_000_000
+    """rows of the replay buffer, over all environments"""
+    gamma: float = 0.99
+    """discount factor, in [0, 1)"""
+    tau: float = 0.005
+    """share of the critic that flows into its target each update, in (0, 1]"""
+    batch_size: int = 256
+    """transitions of the policy in an update, and as many of the expert"""
+    learning_starts: int = 5_000
+    """transitions collected, by uniformly random actions, before the first update"""
+    utd: float = 1.0
+    """updates per environment step"""
+    actor_lr: float = 3e-4
+    """learning rate of the actor"""
+    critic_lr: float = 3e-4
+    """learning rate of the critic"""
+    alpha: float = 1.0
+    """temperature of the action at the start"""
+    alpha_lr: float = 1e-3
+    """learning rate of log alpha (its target entropy is -|A|); 0 keeps alpha as it is"""
+    alpha_z: float = 0.01
+    """temperature of the internal state at the start"""
+    alpha_z_lr: float = 3e-4
+    """learning rate of log alpha_z (its target entropy is -Z); 0 keeps alpha_z as it is"""
+
+    resume: str | None = None
+    """folder of a run to continue; options given beside it replace the run's own, but temperatures
+    and random states come from the checkpoint"""
+    save_buffer: bool = False
+    """keep the replay buffer in the checkpoint; otherwise a resumed run fills a new one first"""
+    checkpoint_frequency: int = 10_000
+    """environment steps between two checkpoints"""
+    eval_frequency: int = 10_000
+    """environment steps between two evaluations; 0 for none but the last"""
+    eval_episodes: int = 5
+    """episodes of an evaluation, deterministic and stochastic each"""
+    evaluate: str | None = None
+    """folder of a run to replay instead of training"""
+    save_demonstrations: str | None = None
+    """with --evaluate: write the deterministic episodes to this .npz file"""
+    num_threads: int = 1
+    """CPU threads of torch; more than one rarely pays for networks of this size"""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """of float32 matrix products: "medium" computes them in bfloat16 where the hardware can"""
+
+
+# What a task wants different from the defaults; options on the command line come before these.
+TUNED = {
+    "Ant": dict(hide="velocities"),
+    "CueRecall": dict(learning_starts=1_000),
+    "HalfCheetah": dict(hide="velocities"),
+    "Hopper": dict(hide="velocities"),
+    "Humanoid": dict(hide="velocities"),
+    "HumanoidStandup": dict(hide="velocities"),
+    "InvertedDoublePendulum": dict(hide="velocities", learning_starts=1_000),
+    "InvertedPendulum": dict(hide="velocities", learning_starts=1_000),
+    "Swimmer": dict(hide="velocities"),
+    "Walker2d": dict(hide="velocities"),
+}
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+EVAL_SEED = 2**20  # evaluation plays other episodes than training, and others each time
+
+
+class StochasticStatefulActor(nn.Module):
+    """The joint kernel pi(a, z' | o, z, a_prev), a squashed diagonal Gaussian.
+
+    A recurrent cell gives g, the noise-free next internal state. The internal-state kernel spreads
+    z' around g, the stateless policy reads (o, g). It reads g and not the sample z', so a and z'
+    are conditionally independent, and a stored action stays a legitimate sample of the policy when
+    the stored z' is refreshed.
+
+    Shapes: o [B, O]; z, z', g [B, Z] in (-1, 1); a, a_prev [B, A] in (-1, 1). For an LSTM
+    z = (h, tanh c), which keeps the unbounded cell state in the same interval.
+    """
+
+    def __init__(self, obs_dim, action_dim, state_dim, rnn, kernel):
+        super().__init__()
+        self.action_dim, self.state_dim, self.rnn, self.kernel = action_dim, state_dim, rnn, kernel
+        self.z_dim = 2 * state_dim if rnn == "lstm" else state_dim
+        self.policy_obs = nn.Linear(obs_dim, 256)
+        if state_dim > 0:
+            self.kernel_obs = nn.Linear(obs_dim, 128)
+            self.kernel_action = nn.Linear(action_dim, 128)
+            cells = {"gru": nn.GRUCell, "lstm": nn.LSTMCell, "rnn": nn.RNNCell}
+            self.cell = cells[rnn](256, state_dim)
+        self.policy_hidden = nn.Linear(256 + state_dim, 256)
+        self.policy_head = nn.Linear(256, 2 * action_dim + self.z_dim)
+
+    def next_state(self, obs, z, a_prev):
+        """g [B, Z]: the internal state after `obs`, without noise."""
+        if self.state_dim == 0:
+            return z
+        e = torch.relu_(torch.cat([self.kernel_obs(obs), self.kernel_action(a_prev)], -1))
+        if self.rnn == "lstm":
+            h, tanh_c = z.chunk(2, -1)
+            h, c = self.cell(e, (h, atanh(tanh_c)))
+            return torch.cat([h, torch.tanh(c)], -1)
+        return self.cell(e, z)
+
+    def forward(self, obs, z, a_prev):
+        """Mean and log std of (a, z') before the tanh, both [B, A + Z]."""
+        g = self.next_state(obs, z, a_prev)
+        h = torch.cat([torch.relu_(self.policy_obs(obs)), g[..., : self.state_dim]], -1)
+        head = self.policy_head(torch.relu_(self.policy_hidden(h)))
+        mean_a, log_std = head.split([self.action_dim, self.action_dim + self.z_dim], -1)
+        mean_z = atanh(g) if self.kernel == "atanh" else g
+        return torch.cat([mean_a, mean_z], -1), bounded_log_std(log_std)
+
+    def sample(self, obs, z, a_prev):
+        """Reparameterised a [B, A] and z' [B, Z], with log pi_a [B] and log pi_z [B]."""
+        sizes = [self.action_dim, self.z_dim]
+        sample, log_prob = squashed_gaussian(*self(obs, z, a_prev))
+        log_pi_a, log_pi_z = (part.sum(-1) for part in log_prob.split(sizes, -1))
+        return *sample.split(sizes, -1), log_pi_a, log_pi_z
+
+    def act(self, obs, z, a_prev, deterministic=False):
+        """a [B, A] and z' [B, Z], both sampled or both noise-free."""
+        mean, log_std = self(obs, z, a_prev)
+        sample = torch.tanh(mean) if deterministic else squashed_gaussian(mean, log_std)[0]
+        return sample.split([self.action_dim, self.z_dim], -1)
+
+
+def bounded_log_std(x):
+    """Map the reals into (LOG_STD_MIN, LOG_STD_MAX)."""
+    return LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(x) + 1)
+
+
+def atanh(x):
+    """Inverse of tanh, finite where float32 has rounded a tanh to -1 or 1."""
+    return torch.atanh((1 - 1e-6) * x)
+
+
+def squashed_gaussian(mean, log_std):
+    """x = tanh(u), u ~ N(mean, std^2), and log p(x) of each dimension; both shaped like `mean`."""
+    noise = torch.randn_like(mean)
+    u = mean + noise * log_std.exp()
+    log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    # log(1 - tanh(u)^2), in the form that does not underflow for large |u|
+    return torch.tanh(u), log_prob - 2 * (math.log(2) - u - F.softplus(-2 * u))
+
+
+class BatchedLinear(nn.Module):
+    """`n` linear layers at once, [n, B, inputs] -> [n, B, outputs], initialised like nn.Linear."""
+
+    def __init__(self, n, inputs, outputs):
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(n, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(n, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class TwinCritic(nn.Module):
+    """Q_1 and Q_2 [2, B] of the concatenated inputs [B, .], two networks in one batched module."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        layers = BatchedLinear(2, inputs, 256), BatchedLinear(2, 256, 256), BatchedLinear(2, 256, 1)
+        relu = nn.ReLU(inplace=True)
+        self.net = nn.Sequential(layers[0], relu, layers[1], relu, layers[2])
+
+    def forward(self, *inputs):
+        return self.net(torch.cat(inputs, -1).expand(2, -1, -1)).squeeze(-1)
+
+
+class RowBuffer:
+    """A ring of rows [time, env], one for each step of a vector environment (autoreset next step).
+
+    An episode of T transitions fills T + 1 rows; the last holds the final observation, and its
+    action is ignored. Row t + 1 completes row t: it holds the next observation and internal
+    state, row t - 1 the previous action. So nothing is stored twice. A row is a transition,
+    and can be sampled, once its successor is written, unless that is the `first` of an episode
+    (which an interrupted run begins without a final row).
+
+    Row t of environment n lies at index t * num_envs + n. `transitions` is a queue of the indices
+    that can be sampled, in order of time. The four counters are kept on the device too, so that
+    sampling never waits for the host.
+    """
+
+    def __init__(self, size, num_envs, obs_dim, critic_dim, z_dim, action_dim, device):
+        self.num_envs, self.slots, self.device = num_envs, size // num_envs, device
+        self.head = self.size = 0  # where the queue begins, how many it holds
+        self.cursor = self.written = 0  # the slot [num_envs rows] to write next, slots written
+        self.links = np.zeros(self.slots, dtype=np.int64)  # transitions in each slot
+
+        def rows(*shape, dtype=torch.float32):
+            return torch.zeros(self.slots * num_envs, *shape, dtype=dtype, device=device)
+
+        self.obs = rows(obs_dim)
+        # None: the critic sees what the policy sees
+        self.critic_obs = self.obs if critic_dim is None else rows(critic_dim)
+        self.z, self.action, self.reward = rows(z_dim), rows(action_dim), rows()
+        self.terminated, self.first = rows(dtype=torch.bool), rows(dtype=torch.bool)
+        self.transitions = rows(dtype=torch.int64)
+        self.counters = torch.zeros(4, dtype=torch.int64, device=device)
+
+    def add(self, obs, critic_obs, z, action, reward, terminated, first):
+        """Write a row per environment: arrays or tensors [num_envs, ...], `first` a bool array."""
+        rows = slice(self.cursor * self.num_envs, (self.cursor + 1) * self.num_envs)
+        self.obs[rows] = torch.as_tensor(obs, device=self.device)
+        if self.critic_obs is not self.obs:
+            self.critic_obs[rows] = torch.as_tensor(critic_obs, device=self.device)
+        self.z[rows], self.action[rows] = z, action
+        self.reward[rows] = torch.as_tensor(reward, dtype=torch.float32, device=self.device)
+        self.terminated[rows] = torch.as_tensor(terminated, device=self.device)
+        self.first[rows] = torch.as_tensor(first, device=self.device)
+
+        # the rows before these have become transitions wherever the episode goes on
+        previous, continued = (self.cursor - 1) % self.slots, np.flatnonzero(~first)
+        tail = (self.head + self.size + np.arange(len(continued))) % len(self.transitions)
+        index = torch.as_tensor(previous * self.num_envs + continued, device=self.device)
+        self.transitions[torch.as_tensor(tail, device=self.device)] = index
+        self.links[previous] = len(continued)
+        self.size += len(continued)
+
+        # the oldest slot leaves one step before it is overwritten: its a_prev is gone already
+        self.cursor = (self.cursor + 1) % self.slots
+        self.written = min(self.written + 1, self.slots)
+        leaving, self.links[self.cursor] = int(self.links[self.cursor]), 0
+        self.head = (self.head + leaving) % len(self.transitions)
+        self.size -= leaving
+        self.counters.copy_(torch.tensor([self.head, self.size, self.cursor, self.written]))
+
+    def draw(self, batch_size):
+        """Indices [batch_size] of transitions, uniformly with replacement."""
+        head, size = self.counters[0], self.counters[1]
+        offset = torch.rand(batch_size, dtype=torch.float64, device=self.device) * size
+        return self.transitions[(head + offset.long()) % len(self.transitions)]
+
+    def next(self, index):
+        """Indices of the rows one step later in the same environments."""
+        return (index + self.num_envs) % len(self.transitions)
+
+    def a_prev(self, index):
+        """Actions one step before the rows `index`; zeros at the start of an episode."""
+        return self.action[index - self.num_envs] * ~self.first[index].unsqueeze(-1)
+
+    def state_dict(self):
+        """Copies of the rows written so far, the counters and the links."""
+        n = self.written * self.num_envs
+        state = {k: v[:n].clone() for k, v in vars(self).items() if torch.is_tensor(v)}
+        if self.critic_obs is self.obs:
+            del state["critic_obs"]
+        return state | dict(counters=self.counters.clone(), links=torch.tensor(self.links))
+
+    def load_state_dict(self, state):
+        """Take over a saved buffer; ValueError if it has other slots or environments."""
+        head, size, cursor, written = state["counters"].tolist()
+        if len(state["links"]) != self.slots or len(state["z"]) != written * self.num_envs:
+            raise ValueError("the saved buffer has another --buffer-size or --num-envs")
+        self.head, self.size, self.cursor, self.written = head, size, cursor, written
+        for name, value in state.items():
+            if name == "links":
+                self.links[:] = value.numpy()
+            else:
+                getattr(self, name)[: len(value)] = value
+
+
+class Transitions(NamedTuple):
+    """B rows and their successors; `state` is what the critic sees, s or (s, z)."""
+
+    obs: torch.Tensor  # [B, O]
+    state: torch.Tensor  # [B, S] or [B, S + Z]
+    z: torch.Tensor  # [B, Z]
+    a_prev: torch.Tensor  # [B, A]
+    action: torch.Tensor  # [B, A]
+    reward: torch.Tensor  # [B]
+    terminated: torch.Tensor  # [B], bool
+    next_obs: torch.Tensor  # [B, O]
+    next_state: torch.Tensor  # [B, S] or [B, S + Z]
+    next_z: torch.Tensor  # [B, Z]
+    next_index: torch.Tensor  # [B], the rows of the successors
+
+
+class TransitionBuffer(RowBuffer):
+    def sample(self, batch_size, critic_sees_z):
+        """Transitions [batch_size]."""
+        t = self.draw(batch_size)
+        after = self.next(t)
+        z, next_z = self.z[t], self.z[after]
+        state, next_state = self.critic_obs[t], self.critic_obs[after]
+        if critic_sees_z:
+            state, next_state = torch.cat([state, z], -1), torch.cat([next_state, next_z], -1)
+        return Transitions(
+            self.obs[t], state, z, self.a_prev(t), self.action[t], self.reward[t],
+            self.terminated[t], self.obs[after], next_state, next_z, after,
+        )  # fmt: skip
+
+    def refresh(self, batch, z):
+        """Write `z` [B, Z] as the next internal states of the batch.
+
+        A successor is a row of the same episode, so no other episode is touched. Where an index was
+        drawn twice, each component is one of two samples (on CUDA chance decides which), and so
+        still a sample of the kernel, whose components are independent.
+        """
+        self.z[batch.next_index] = z
+
+
+def soft_actor_loss(actor, critic, batch, alpha, alpha_z):
+    """E[alpha log pi_a(a~) + alpha_z log pi_z(z~') - min_i Q_i(s, a~, z~', a_prev)].
+
+    Also the sample z~' [B, Z] and the entropies of pi_a and pi_z, detached.
+    """
+    a, z, log_pi_a, log_pi_z = actor.sample(batch.obs, batch.z, batch.a_prev)
+    q = critic(batch.state, a, z, batch.a_prev).amin(0)
+    loss = (alpha * log_pi_a + alpha_z * log_pi_z - q).mean()
+    return loss, z.detach(), -log_pi_a.mean().detach(), -log_pi_z.mean().detach()
+
+
+def lsiq_critic_loss(actor, critic, target_critic, batch, alpha, args):
+    """The loss of both Q on a batch [2B], whose first half is the policy's and second the expert's.
+
+    Also Q_1, Q_2 [2, 2B]. It bootstraps through time limits, as d is `terminated`.
+    """
+    r_max, ended = 1 / args.regularizer, batch.terminated & args.absorbing
+    q_max = r_max / (1 - args.gamma)
+    with torch.no_grad():
+        a, z, log_pi_a, _ = actor.sample(batch.next_obs, batch.next_z, batch.action)
+        next_q = target_critic(batch.next_state, a, z, batch.action).amin(0)
+        next_v = next_q - alpha * log_pi_a
+        if args.clip_target:
+            next_v = next_v.clamp(-q_max, q_max)
+        y = args.gamma * ~batch.terminated * next_v
+    q = critic(batch.state, batch.action, batch.next_z, batch.a_prev)
+    expert = torch.arange(len(y), device=y.device) >= len(y) // 2
+    if args.loss == "sqil_like":
+        reward = torch.where(ended, q_max, r_max)  # of this step, and of all behind it
+        target = torch.where(expert, reward, -reward) + y
+        if args.expert_target == "fix":
+            target = torch.where(expert, q_max, target)
+        loss = 2 * (q - target).square()  # twice the mean of both halves is the sum of their means
+    else:
+        reward, weight = q - y, torch.where(ended, 1 - args.gamma, 1.0)
+        sign = torch.where(expert, -1.0, 1.0)
+        loss = 2 * sign * reward + args.regularizer * weight * reward.square()
+    return loss.mean(1).sum(), q.detach()
+
+
+def temperature_loss(log_alpha, entropy, target_entropy):
+    """alpha (entropy - target_entropy): alpha falls while the entropy is above its target."""
+    return log_alpha.exp() * (entropy - target_entropy)
+
+
+class Demonstrations:
+    """Episodes of an expert side by side, [time, episode]; one of T steps has T + 1 rows.
+
+    The last row of an episode holds its final observation, and no action; those behind it are
+    padding. `z` is the memory of a policy that was taken along, see `roll`.
+    """
+
+    def __init__(self, episodes, device):
+        longest = max(len(episode["observations"]) for episode in episodes)
+
+        def side_by_side(name):
+            columns = [episode[name] for episode in episodes]
+            rest = columns[0].ndim * [(0, 0)]
+            padded = [np.pad(c, [(0, longest - len(c)), *rest[1:]]) for c in columns]
+            return torch.as_tensor(np.stack(padded, 1), device=device)
+
+        self.obs = side_by_side("observations")
+        self.critic_obs = side_by_side("critic_observations")
+        self.action = side_by_side("actions")
+        self.terminated = side_by_side("terminations")
+        self.a_prev = torch.cat([torch.zeros_like(self.action[:1]), self.action[:-1]])
+        lengths = [len(episode["actions"]) for episode in episodes]
+        self.length = torch.tensor(lengths, device=device)
+        self.valid = torch.arange(longest, device=device)[:, None] < self.length  # transitions
+        self.returns = [float(episode["rewards"].sum()) for episode in episodes]
+
+    @torch.no_grad()
+    def roll(self, step, z_dim):
+        """Set `z` [T + 1, E, Z]: the memory of the policy along what the expert saw and did.
+
+        `step(o, z, a_prev)` gives the noise-free action and a sample of z'.
+        """
+        z = torch.zeros(self.action.shape[1], z_dim, device=self.action.device)
+        self.z = torch.zeros(*self.action.shape[:2], z_dim, device=self.action.device)
+        for t in range(len(self.z)):
+            self.z[t] = z
+            _, z = step(self.obs[t], z, self.a_prev[t])
+
+
+def cloning_loss(step, demonstrations, batch_size, length):
+    """E[|a - mu_a|^2] over random sequences of at most `length` rows, which begin at their z.
+
+    Backpropagation through time, as the expert has no memory that could be data.
+    """
+    data, device = demonstrations, demonstrations.obs.device
+    episode = torch.randint(len(data.length), (batch_size,), device=device)
+    start = (torch.rand(batch_size, device=device) * data.length[episode]).long()
+    z, losses, rows = data.z[start, episode], 0.0, 0
+    for k in range(length):
+        row = (start + k).clamp(max=len(data.obs) - 1), episode
+        mean, z = step(data.obs[row], z, data.a_prev[row])
+        error = (mean - data.action[row]).square().sum(-1)
+        losses, rows = losses + (error * data.valid[row]).sum(), rows + data.valid[row].sum()
+    return losses / rows
+
+
+def behaviour_cloning(step, actor, demonstrations, args):
+    """`bc_steps` gradient steps of the actor on `cloning_loss`; returns the last loss."""
+    optimizer = torch.optim.Adam(actor.parameters(), lr=args.bc_lr)
+    for i in tqdm(range(args.bc_steps), desc="cloning", dynamic_ncols=True, leave=False):
+        if i % 100 == 0:
+            demonstrations.roll(step, actor.z_dim)
+        loss = cloning_loss(step, demonstrations, args.bc_batch_size, args.bc_sequence_length)
+        check_finite({"the loss of behaviour cloning": loss})
+        descend(optimizer, loss)
+    return loss.detach()
+
+
+class S2PGLSIQ:
+    """Networks, temperatures and optimisers, and the update that trains them."""
+
+    def __init__(self, args, obs_dim, critic_dim, action_dim, privileged, device):
+        self.args, self.device, self.action_dim = args, device, action_dim
+        # a critic that is told no more than the policy gets z, in case that o is not Markov
+        self.critic_sees_z = args.critic_sees_z or not privileged
+        state_dim = 0 if args.memoryless else args.state_dim
+        actor = StochasticStatefulActor(obs_dim, action_dim, state_dim, args.rnn, args.kernel)
+        self.actor, self.z_dim = actor.to(device), actor.z_dim
+        inputs = critic_dim + self.z_dim * self.critic_sees_z + action_dim + self.z_dim + action_dim
+        self.critic = TwinCritic(inputs).to(device)
+        self.target_critic = TwinCritic(inputs).to(device).requires_grad_(False)
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.log_alpha = torch.tensor(math.log(args.alpha), device=device, requires_grad=True)
+        self.log_alpha_z = torch.tensor(math.log(args.alpha_z), device=device, requires_grad=True)
+
+        self.critic_optimizer = torch.optim.Adam(
+            self.critic.parameters(), lr=args.critic_lr, fused=True
+        )
+        parts = [
+            dict(params=list(self.actor.parameters()), lr=args.actor_lr),
+            dict(params=[self.log_alpha], lr=args.alpha_lr),
+            dict(params=[self.log_alpha_z], lr=args.alpha_z_lr),
+        ]
+        self.actor_optimizer = torch.optim.Adam(parts, fused=True)
+        # where the critic sees what the policy sees, one copy of it will do
+        self.row_sizes = obs_dim, critic_dim if privileged else None, self.z_dim, action_dim
+
+    def make_buffer(self):
+        args = self.args
+        return TransitionBuffer(args.buffer_size, args.num_envs, *self.row_sizes, self.device)
+
+    def clone(self, demonstrations):
+        """Behaviour cloning; returns its last loss."""
+        return behaviour_cloning(self.step, self.actor, demonstrations, self.args)
+
+    def step(self, obs, z, a_prev):
+        """The noise-free action [B, A] and a sample of z' [B, Z], both with gradients."""
+        mean, log_std = self.actor(obs, z, a_prev)
+        a, _ = torch.tanh(mean).split([self.action_dim, self.z_dim], -1)
+        _, z = squashed_gaussian(mean, log_std)[0].split([self.action_dim, self.z_dim], -1)
+        return a, z
+
+    def make_expert_buffer(self, demonstrations):
+        """The demonstrations as rows, with the memory that the policy has along them."""
+        data = demonstrations
+        data.roll(self.step, self.z_dim)
+        rows = int((data.length + 1).sum())
+        buffer = TransitionBuffer(rows + 1, 1, *self.row_sizes, self.device)
+        for episode, length in enumerate(data.length.tolist()):
+            for t in range(length + 1):
+                columns = data.obs, data.critic_obs, data.z, data.action
+                row = [column[t, episode].unsqueeze(0) for column in columns]
+                terminated = data.terminated[t, episode].unsqueeze(0)
+                buffer.add(*row, np.zeros(1), terminated, np.array([t == 0]))
+        return buffer
+
+    def update(self, buffer, expert):
+        """One gradient step of everything; returns what to log, as tensors on the device."""
+        args = self.args
+        alpha, alpha_z = self.log_alpha.detach().exp(), self.log_alpha_z.detach().exp()
+        batches = [part.sample(args.batch_size, self.critic_sees_z) for part in (buffer, expert)]
+        batch = Transitions(*(torch.cat(columns) for columns in zip(*batches)))
+
+        qf_loss, q = lsiq_critic_loss(
+            self.actor, self.critic, self.target_critic, batch, alpha, args
+        )
+        descend(self.critic_optimizer, qf_loss)
+
+        pi_loss, z_next, entropy, entropy_z = soft_actor_loss(
+            self.actor, self.critic, batch, alpha, alpha_z
+        )
+        alpha_loss = temperature_loss(self.log_alpha, entropy, -self.action_dim)
+        alpha_z_loss = temperature_loss(self.log_alpha_z, entropy_z, -self.z_dim)
+        # the three share no parameter, so one step is a step of each
+        descend(self.actor_optimizer, pi_loss + alpha_loss + alpha_z_loss)
+
+        with torch.no_grad():  # theta' <- theta' + tau (theta - theta')
+            torch._foreach_lerp_(
+                list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau
+            )
+        if args.refresh:  # with the sample of the actor loss, one gradient step old and free
+            for part, own, z in zip((buffer, expert), batches, z_next.chunk(2)):
+                part.refresh(own, z)
+
+        q_policy, q_expert = q.chunk(2, -1)
+        losses = dict(
+            q_policy=q_policy.mean(), q_expert=q_expert.mean(), qf_loss=qf_loss,
+            actor_loss=pi_loss, alpha=alpha, alpha_loss=alpha_loss, alpha_z=alpha_z,
+            alpha_z_loss=alpha_z_loss, entropy=entropy, entropy_z=entropy_z,
+        )  # fmt: skip
+        return {f"losses/{name}": value.detach() for name, value in losses.items()}
+
+
+Agent = S2PGLSIQ  # what `train` and `replay` work with
+
+
+def descend(optimizer, loss):
+    """One step of `optimizer`; gradients are computed for its own parameters only."""
+    optimizer.zero_grad()
+    loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
+    optimizer.step()
+
+
+def make_env(args, num_envs, video_folder=None):
+    """A vector environment: observations `Dict(policy, critic)`, actions in [-1, 1].
+
+    Replace `envs.make` by an environment of your own, or register it and name it in --env-id.
+    """
+
+    def make_one(index):
+        film = video_folder is not None and index == 0
+        env = envs.make(
+            args.env_id, hide=args.hide, random_bodies=args.random_bodies, wind=args.wind,
+            privileged_critic=args.privileged_critic, render_mode="rgb_array" if film else None,
+            **args.env_kwargs,
+        )  # fmt: skip
+        if film:
+            try:
+                env.reset(seed=args.seed)
+                env.render()
+                env = gym.wrappers.RecordVideo(env, video_folder, disable_logger=True)
+            except Exception as error:  # graphics drivers raise what they like
+                raise ValueError(
+                    f"cannot record video: {error} (without a screen, MUJOCO_GL=egl may help)"
+                ) from error
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+        return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+    makers = [functools.partial(make_one, index) for index in range(num_envs)]
+    return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+
+
+def dimensions(env):
+    """Sizes of the policy's observation, the critic's and the action; does the critic see more?"""
+    space = env.single_observation_space
+    sizes = space["policy"].shape[0], space["critic"].shape[0], env.single_action_space.shape[0]
+    return *sizes, env.get_attr("critic_sees_more")[0]
+
+
+def evaluate(actor, env, episodes, deterministic, seed):
+    """Play `episodes` episodes, an equal share in each environment; returns a list of them.
+
+    An episode of T steps is a dict of arrays: `observations` (the policy's) and
+    `critic_observations` [T + 1, .], `actions` [T, A] in the environment's own units, `rewards`,
+    `terminations` and `truncations` [T]. The random numbers of training go on as if never used.
+    """
+    device, n = next(actor.parameters()).device, env.num_envs
+    space = env.get_attr("unwrapped")[0].action_space
+    shares = [len(range(i, episodes, n)) for i in range(n)]
+    rows, played = [[] for _ in range(n)], [[] for _ in range(n)]
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        obs, _ = env.reset(seed=seed)
+        z = torch.zeros(n, actor.z_dim, device=device)
+        a_prev = torch.zeros(n, actor.action_dim, device=device)
+        final = np.zeros(n, dtype=bool)  # rows that hold the last observation of an episode
+        while any(len(p) < share for p, share in zip(played, shares)):
+            policy_obs = torch.as_tensor(obs["policy"], device=device)
+            action, z = actor.act(policy_obs, z, a_prev, deterministic)
+            a = action.cpu().numpy()
+            next_obs, reward, terminated, truncated, _ = env.step(a)
+            a = space.low + 0.5 * (a + 1) * (space.high - space.low)
+            columns = obs["policy"], obs["critic"], a, reward, terminated, truncated
+            for i, row in enumerate(zip(*columns)):
+                rows[i].append(row)
+                if final[i]:
+                    played[i].append([np.array(column) for column in zip(*rows[i])])
+                    rows[i] = []
+            keep = torch.as_tensor(~final, device=device).unsqueeze(-1)
+            z, a_prev = z * keep, action * keep
+            obs, final = next_obs, terminated | truncated
+    names = "actions", "rewards", "terminations", "truncations"
+    return [
+        dict(observations=o, critic_observations=s) | {k: v[:-1] for k, v in zip(names, rest)}
+        for p, share in zip(played, shares)
+        for o, s, *rest in p[:share]
+    ]
+
+
+def log_returns(writer, actor, env, args, step):
+    """Evaluate the actor, log its mean returns, and return them by mode."""
+    result = {}
+    for mode in ("deterministic", "stochastic"):
+        deterministic, seed = mode == "deterministic", args.seed + EVAL_SEED + step
+        episodes = evaluate(actor, env, args.eval_episodes, deterministic, seed)
+        result[mode] = np.mean([episode["rewards"].sum() for episode in episodes])
+        writer.add_scalar(f"eval/return_{mode}", result[mode], step)
+    return result
+
+
+def check_finite(tensors):
+    """FloatingPointError that names the first of `tensors` (a dict) with a NaN or an infinity."""
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(f"{name} is not finite")
+
+
+def save_checkpoint(run_dir, agent, state):
+    """Write RUN/checkpoint.pt whole or not at all, so that a kill leaves the last good one."""
+    for network in (agent.actor, agent.critic):
+        check_finite(network.state_dict())
+    path = os.path.join(run_dir, "checkpoint.pt")
+    parts = {k: v.state_dict() for k, v in vars(agent).items() if hasattr(v, "state_dict")}
+    tensors = {k: v.detach() for k, v in vars(agent).items() if torch.is_tensor(v)}
+    agent_state = dict(algorithm=type(agent).__name__, parts=parts, tensors=tensors)
+    torch.save(agent_state | state, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def load_checkpoint(run_dir, agent):
+    """Load RUN/checkpoint.pt into `agent`; returns all of it. ValueError where it does not fit."""
+    path = os.path.join(run_dir, "checkpoint.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{run_dir} holds no checkpoint.pt") from None
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged, or no checkpoint") from error
+    if not isinstance(state, dict) or state.get("algorithm") != type(agent).__name__:
+        raise ValueError(f"{path} is no checkpoint of {type(agent).__name__}")
+    try:
+        for name, saved in state["parts"].items():
+            part = getattr(agent, name)
+            for i, group in enumerate(saved.get("param_groups", [])):
+                group["lr"] = part.param_groups[i]["lr"]  # the options may ask for another
+            part.load_state_dict(saved)
+        for name, tensor in state["tensors"].items():
+            getattr(agent, name).data.copy_(tensor)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} holds networks of other sizes than these options") from error
+    return state
+
+
+def passed(every, last_step, step):
+    """Whether a multiple of `every` lies in (last_step, step]; never if `every` is 0."""
+    return every > 0 and step // every > last_step // every
+
+
+def train(args):
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}"
+    run_dir = os.path.normpath(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
+
+    videos = f"{run_dir}/videos/training-{time.time():.0f}" if args.capture_video else None
+    env = make_env(args, args.num_envs, videos)
+    eval_env = make_env(args, min(args.eval_episodes, 8))
+    agent = Agent(args, *dimensions(env), device)
+    demonstrations = Demonstrations(
+        envs.demonstrations.load(args.demonstrations, env.envs[0], args.demonstration_episodes),
+        device,
+    )
+    buffer = agent.make_buffer()
+    global_step = 0
+    if args.resume:
+        state = load_checkpoint(run_dir, agent)
+        global_step = state["global_step"]
+        if global_step >= args.total_timesteps:
+            raise ValueError(f"{run_dir} has done {global_step} steps; raise --total-timesteps")
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        if "buffer" in state:
+            buffer.load_state_dict(state["buffer"])
+    os.makedirs(run_dir, exist_ok=True)
+    args_path = os.path.join(run_dir, "args.json")
+    with open(args_path + ".tmp", "w") as file:
+        json.dump(vars(args) | dict(resume=None), file, indent=2)
+    os.replace(args_path + ".tmp", args_path)
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
+            name=os.path.basename(run_dir), id=os.path.basename(run_dir)[-64:], resume="allow",
+            sync_tensorboard=True, save_code=True,
+        )  # fmt: skip
+
+    def stop(signum, frame):
+        stop_signals.append(signum)
+        signal.signal(signum, signal.SIG_DFL)  # the second one does not wait
+
+    stop_signals = []
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    start_step, start_time, updates_due = global_step, time.time(), 0.0
+    returns, metrics, result = collections.deque(maxlen=10), {}, {}
+    obs, _ = env.reset(seed=args.seed + global_step)  # a resumed run goes on with new episodes
+    z = torch.zeros(args.num_envs, agent.z_dim, device=device)
+    a_prev = torch.zeros(args.num_envs, agent.action_dim, device=device)
+    first = np.ones(args.num_envs, dtype=bool)  # rows that begin an episode
+    final = np.zeros(args.num_envs, dtype=bool)  # rows that hold its last observation
+    no_reward = np.zeros(args.num_envs)
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
+    with writer, bar:
+        writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
+        writer.add_scalar("charts/expert_return", np.mean(demonstrations.returns), global_step)
+        if args.bc_steps > 0 and not args.resume:
+            writer.add_scalar("losses/bc_loss", agent.clone(demonstrations), global_step)
+            result = log_returns(writer, agent.actor, eval_env, args, global_step)
+        expert = agent.make_expert_buffer(demonstrations)
+        while True:
+            policy_obs = torch.as_tensor(obs["policy"], device=device)
+            with torch.no_grad():
+                action, z_next = agent.actor.act(policy_obs, z, a_prev)
+            if global_step < args.learning_starts and args.bc_steps == 0:
+                action = 2 * torch.rand_like(action) - 1
+            a = action.cpu().numpy()
+            if not np.isfinite(a).all():
+                check_finite(metrics | {"the action": action})
+            next_obs, _, terminated, truncated, info = env.step(a)
+            buffer.add(policy_obs, obs["critic"], z, action, no_reward, terminated, first)
+
+            # a final row is no step: the environment ignores its action and begins anew ...
+            last_step, env_step = global_step, global_step + np.cumsum(~final)
+            global_step = int(env_step[-1])
+            bar.update(global_step - last_step)
+            for i in np.flatnonzero(info.get("_episode", [])):
+                returns.append(info["episode"]["r"][i])
+                writer.add_scalar("charts/episodic_return", info["episode"]["r"][i], env_step[i])
+                writer.add_scalar("charts/episodic_length", info["episode"]["l"][i], env_step[i])
+                bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
+            # ... and so does the memory
+            keep = torch.as_tensor(~final, device=device).unsqueeze(-1)
+            z, a_prev = z_next * keep, action * keep
+            obs, first, final = next_obs, final, terminated | truncated
+
+            if buffer.size >= args.learning_starts:
+                updates_due += args.utd * (global_step - last_step)
+                while updates_due >= 1:
+                    metrics = agent.update(buffer, expert)
+                    updates_due -= 1
+
+            finished, stopped = global_step >= args.total_timesteps, bool(stop_signals)
+            if passed(100, last_step, global_step):
+                check_finite(metrics)
+                for name, value in metrics.items():
+                    writer.add_scalar(name, value, global_step)
+                sps = (global_step - start_step) / (time.time() - start_time)
+                writer.add_scalar("charts/SPS", sps, global_step)
+            if finished or passed(args.eval_frequency, last_step, global_step):
+                result = log_returns(writer, agent.actor, eval_env, args, global_step)
+            save = finished or passed(args.checkpoint_frequency, last_step, global_step)
+            if save or stopped:
+                state = dict(global_step=global_step, rng=torch.get_rng_state())
+                if device.type == "cuda":
+                    state["cuda_rng"] = torch.cuda.get_rng_state(device)
+                if args.save_buffer:
+                    state["buffer"] = buffer.state_dict()
+                check_finite(metrics)
+                save_checkpoint(run_dir, agent, state)
+            if finished or stopped:
+                break
+    env.close()
+    eval_env.close()
+    if not finished:
+        print(f"stopped at step {global_step}; go on with --resume {run_dir}")
+        sys.exit(128 + stop_signals[0])
+    result = ", ".join(f"{mode} {mean:.1f}" for mode, mean in result.items())
+    print(f"{run_dir}: return at step {global_step}: {result}")
+
+
+def replay(args):
+    """Evaluate a trained policy: print its returns, record videos and demonstrations."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    for mode in ("deterministic", "stochastic"):
+        record = mode == "deterministic"
+        videos = f"{args.evaluate}/videos/evaluation-{time.time():.0f}"
+        film = args.capture_video and record
+        env = make_env(args, min(args.eval_episodes, 8), videos if film else None)
+        agent = Agent(args, *dimensions(env), device)
+        load_checkpoint(args.evaluate, agent)
+        episodes = evaluate(agent.actor, env, args.eval_episodes, record, args.seed + EVAL_SEED)
+        env.close()
+        returns = [episode["rewards"].sum() for episode in episodes]
+        length = np.mean([len(episode["rewards"]) for episode in episodes])
+        print(
+            f"{mode}: return {np.mean(returns):.1f} +- {np.std(returns):.1f}, length {length:.0f}, "
+            f"{len(episodes)} episodes"
+        )
+        if args.save_demonstrations and record:
+            arrays = {k: np.concatenate([episode[k] for episode in episodes]) for k in episodes[0]}
+            made_by = json.dumps(vars(args) | dict(returns=returns))
+            with open(args.save_demonstrations + ".tmp", "wb") as file:
+                np.savez_compressed(file, **arrays, env_id=args.env_id, made_by=made_by)
+            os.replace(args.save_demonstrations + ".tmp", args.save_demonstrations)
+
+
+def parse_args():
+    """The command line, over the options of the run or what the task wants, over the defaults."""
+    args = tyro.cli(Args, description=__doc__)
+    run_dir = args.resume or args.evaluate
+    if run_dir is None:
+        task = args.env_id.split("-")[0]
+        return tyro.cli(Args, description=__doc__, default=Args(**TUNED.get(task, {})))
+    path = os.path.join(run_dir, "args.json")
+    try:
+        with open(path) as file:
+            defaults = Args(**json.load(file))
+            defaults.capture_video &= args.evaluate is None
+    except FileNotFoundError:
+        raise ValueError(f"{run_dir} is no run: it holds no args.json") from None
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or another script's ({error})") from None
+    return tyro.cli(Args, description=__doc__, default=defaults)
+
+
+def check_args(args):
+    """ValueError for an option that is out of range, or makes no sense beside another.
+
+    One table for the options of all scripts.
+    """
+    inf, buffer_size = math.inf, vars(args).get("buffer_size", 2**62)
+    limits = dict(
+        seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf), state_dim=(1, inf),
+        sequence_length=(1, inf), burn_in=(0, inf), buffer_size=(5 * args.num_envs, inf),
+        # episodes of a single step fill two rows, one of them a transition
+        learning_starts=(1, buffer_size // 2 - 2 * args.num_envs), batch_size=(1, inf),
+        gamma=(0, 1 - 1e-9), tau=(1e-9, 1), utd=(0, 1e6), actor_lr=(0, inf), critic_lr=(0, inf),
+        alpha=(1e-9, inf), alpha_lr=(0, inf), alpha_z=(1e-9, inf), alpha_z_lr=(0, inf),
+        exploration_noise=(0, inf), exploration_noise_z=(0, inf), policy_noise=(0, inf),
+        noise_clip=(0, inf), policy_frequency=(1, inf), learning_rate=(0, inf),
+        num_steps=(2, inf), num_minibatches=(1, inf), update_epochs=(1, inf), gae_lambda=(0, 1),
+        clip_coef=(1e-9, inf), ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf),
+        target_kl=(0, inf), std=(1e-9, inf), std_z=(1e-9, inf),
+        demonstration_episodes=(1, inf), bc_steps=(0, inf), bc_batch_size=(1, inf),
+        bc_sequence_length=(1, inf), bc_lr=(0, inf), discriminator_lr=(0, inf),
+        discriminator_frequency=(1, inf), discriminator_steps=(1, inf),
+        discriminator_entropy=(0, inf), regularizer=(1e-9, inf),
+        checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
+        num_threads=(1, inf),
+    )  # fmt: skip
+    for name in limits.keys() & vars(args).keys():
+        (low, high), value = limits[name], getattr(args, name)
+        if value is not None and not low <= value <= high:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is {value}; it must be in [{low}, {high}]")
+    if args.resume and args.evaluate:
+        raise ValueError("--resume and --evaluate exclude each other")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--track needs Weights and Biases: pip install wandb")
+    path = args.save_demonstrations
+    if path and not (args.evaluate and path.endswith(".npz")):
+        raise ValueError("--save-demonstrations takes a FILE.npz, and --evaluate RUN beside it")
+
+
+def main():
+    """Bad input, unusable files and losses that blow up end in one sentence and exit status 1."""
+    try:
+        args = parse_args()
+        check_args(args)
+        torch.set_num_threads(args.num_threads)
+        torch.set_float32_matmul_precision(args.matmul_precision)
+        torch.backends.cudnn.allow_tf32 = args.matmul_precision != "highest"
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        replay(args) if args.evaluate else train(args)
+    except (ValueError, FloatingPointError, OSError) as error:
+        sys.exit(f"{os.path.basename(__file__)}: {error}")
+
+
+if __name__ == "__main__":
+    main()

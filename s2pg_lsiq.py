@@ -590,7 +590,9 @@ class S2PGLSIQ:
     def make_expert_buffer(self, demonstrations):
         """The demonstrations as rows, with the memory that the policy has along them."""
         data = demonstrations
-        data.roll(self.step, self.z_dim)
+        # a resumed run goes on with its own random numbers
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            data.roll(self.step, self.z_dim)
         rows = int((data.length + 1).sum())
         buffer = TransitionBuffer(rows + 1, 1, *self.row_sizes, self.device)
         for episode, length in enumerate(data.length.tolist()):

@@ -15,12 +15,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import bptt_ppo
 import bptt_sac
+import envs
+import s2pg_gail
+import s2pg_lsiq
 import s2pg_ppo
 import s2pg_sac
 import s2pg_td3
 
 ROOT = Path(__file__).resolve().parent.parent
-OFF_POLICY, ON_POLICY = (s2pg_sac, bptt_sac, s2pg_td3), (s2pg_ppo, bptt_ppo)
+IMITATION = (s2pg_gail, s2pg_lsiq)
+OFF_POLICY, ON_POLICY = (s2pg_sac, bptt_sac, s2pg_td3, s2pg_lsiq), (s2pg_ppo, bptt_ppo, s2pg_gail)
 
 
 def each(*scripts):
@@ -33,6 +37,39 @@ QUICK = {
     script: TASK | dict(learning_starts=20, batch_size=16, buffer_size=1000)
     for script in OFF_POLICY
 } | {script: TASK | dict(num_steps=18, num_minibatches=3, update_epochs=2) for script in ON_POLICY}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demonstrations(tmp_path_factory):
+    """A file of demonstrations for each task of these tests, in which the expert acts by chance."""
+    global DEMONSTRATIONS
+    DEMONSTRATIONS = tmp_path_factory.mktemp("demonstrations")
+    record("CueRecall-v0", horizon=5)
+    record("PointMassDoor-v0")
+    record("Hopper-v5", random_bodies=True, wind=True)
+
+
+def record(env_id, episodes=2, **options):
+    env = envs.make(env_id, **options)
+    env.action_space.seed(0)
+    columns = {name: [] for name in ("observations", "critic_observations", *STEP_COLUMNS)}
+    for seed in range(episodes):
+        obs, _ = env.reset(seed=seed)
+        over = False
+        while not over:
+            action = env.action_space.sample()
+            seen, step = (obs["policy"], obs["critic"]), env.step(action)
+            obs, *outcome, _ = step
+            over = outcome[1] or outcome[2]
+            for column, value in zip(columns.values(), (*seen, action, *outcome)):
+                column.append(value)
+        columns["observations"].append(obs["policy"])
+        columns["critic_observations"].append(obs["critic"])
+    arrays = {name: np.array(column) for name, column in columns.items()}
+    np.savez(DEMONSTRATIONS / f"{env_id}.npz", **arrays, env_id=env_id)
+
+
+STEP_COLUMNS = "actions", "rewards", "terminations", "truncations"
 
 
 def start(script, *options, cwd):
@@ -50,7 +87,10 @@ def run(script, *options, cwd):
 
 
 def quick_args(script, **options):
-    return script.Args(**(QUICK[script] | dict(total_timesteps=60) | options))
+    options = QUICK[script] | dict(total_timesteps=60) | options
+    if script in IMITATION:
+        options["demonstrations"] = str(DEMONSTRATIONS / f"{options['env_id']}.npz")
+    return script.Args(**options)
 
 
 def quick_options(script):
@@ -59,6 +99,8 @@ def quick_options(script):
     for name, value in QUICK[script].items():
         values = [x for item in value.items() for x in item] if name == "env_kwargs" else [value]
         options += ["--" + name.replace("_", "-"), *map(str, values)]
+    if script in IMITATION:
+        options += ["--demonstrations", str(DEMONSTRATIONS / f"{TASK['env_id']}.npz")]
     return options
 
 
@@ -98,7 +140,13 @@ LOGGED = {
     s2pg_td3: ["losses/qf_loss", "losses/actor_loss", "losses/qf1_values"],
     s2pg_ppo: ROLLOUT_LOSSES,
     bptt_ppo: ROLLOUT_LOSSES,
-}
+    s2pg_gail: [
+        *ROLLOUT_LOSSES, "losses/discriminator_loss", "losses/discriminator_entropy",
+        "losses/accuracy_policy", "losses/accuracy_expert", "losses/imitation_reward",
+        "losses/absorbing_reward",
+    ],
+    s2pg_lsiq: ["losses/qf_loss", "losses/q_policy", "losses/q_expert", "losses/alpha_z"],
+}  # fmt: skip
 
 
 @each(*OFF_POLICY, *ON_POLICY)
@@ -189,7 +237,7 @@ def test_a_killed_run_resumes(signum, tmp_path):
     assert load(run_dir)["global_step"] == step + 60
 
 
-@each(s2pg_td3, *ON_POLICY)
+@each(s2pg_td3, s2pg_lsiq, *ON_POLICY)
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_runs_of_other_scripts_resume(script, signum, tmp_path):
     run_dir, step = kill(script, signum, tmp_path)
@@ -234,6 +282,14 @@ BAD_OPTIONS = [
     (bptt_ppo, "--sequence-length 0", "--sequence-length is 0"),
     (bptt_ppo, "--resume nothing", "args.json"),
     (bptt_ppo, "--memoryless", "memoryless"),
+    (s2pg_gail, "--demonstrations nothing.npz", "no demonstrations at nothing.npz"),
+    (s2pg_gail, "--env-id CueRecall-20-v0", "no demonstrations for CueRecall-20-v0"),
+    (s2pg_gail, "--discriminator-frequency 0", "--discriminator-frequency is 0"),
+    (s2pg_gail, "--reward task", "task"),
+    (s2pg_lsiq, "--demonstration-episodes 99", "holds 5 episodes, and 99 are asked for"),
+    (s2pg_lsiq, "--demonstrations minari:no/such/data-v0", "Minari cannot load"),
+    (s2pg_lsiq, "--regularizer 0", "--regularizer is 0"),
+    (s2pg_lsiq, "--bc-steps -1", "--bc-steps is -1"),
 ]
 BAD_INPUT = {
     "--env-id Hoper-v4": "Hoper",
@@ -332,6 +388,18 @@ OPTIONS = {
         dict(rnn="lstm", sequence_length=3), dict(rnn="rnn", sequence_length=1),
         dict(privileged_critic=True, sequence_length=4, num_minibatches=100), dict(num_steps=2),
     ],
+    s2pg_gail: MEMORY + [
+        dict(bc_steps=3, bc_sequence_length=3, bc_batch_size=2, bc_lr=1e-2),
+        dict(discriminator_sees="policy", reward="airl"), dict(absorbing=False),
+        dict(discriminator_frequency=2, discriminator_steps=2, discriminator_entropy=0.0),
+        dict(demonstration_episodes=1, discriminator_lr=1e-2), dict(num_steps=2),
+    ],
+    s2pg_lsiq: MEMORY + [
+        dict(bc_steps=3), dict(bc_steps=3, rnn="lstm"), dict(loss="iq_like"),
+        dict(expert_target="bootstrap", regularizer=0.1), dict(absorbing=False),
+        dict(clip_target=False), dict(critic_sees_z=True), dict(refresh=False),
+        dict(demonstration_episodes=1), dict(kernel="official"), dict(alpha_lr=0.0),
+    ],
 }  # fmt: skip
 COMMON = [
     dict(num_envs=3), dict(eval_frequency=25),
@@ -400,7 +468,12 @@ SAVED = {
     s2pg_td3: ["parts/target_critic", "parts/target_actor", "tensors/updates"],
     s2pg_ppo: NORMALIZERS,
     bptt_ppo: NORMALIZERS,
-}
+    s2pg_gail: [
+        *NORMALIZERS, "parts/discriminator/net", "parts/discriminator/normalizer.mean",
+        "parts/discriminator_optimizer", "tensors/rollouts",
+    ],
+    s2pg_lsiq: ["parts/target_critic", "tensors/log_alpha", "tensors/log_alpha_z"],
+}  # fmt: skip
 
 
 @each(*OFF_POLICY, *ON_POLICY)
@@ -439,9 +512,10 @@ def test_tuned_options_come_between_the_defaults_and_the_command_line(script, mo
     assert parse().hide == "velocities"  # the default task is a hidden-velocity one
     args = parse("--env-id", "Humanoid-v4")
     assert {k: getattr(args, k) for k in script.TUNED["Humanoid"]} == script.TUNED["Humanoid"]
-    name = next(name for name in script.TUNED["Humanoid"] if name != "hide")
-    args = parse("--env-id", "Humanoid-v4", "--" + name.replace("_", "-"), "0.5")
-    assert getattr(args, name) == 0.5
+    for name in script.TUNED["Humanoid"].keys() - {"hide"}:
+        args = parse("--env-id", "Humanoid-v4", "--" + name.replace("_", "-"), "0.5")
+        assert getattr(args, name) == 0.5
+    assert parse("--env-id", "Humanoid-v4", "--hide", "positions").hide == "positions"
     assert parse("--env-id", "CueRecall-100-v0").hide == "none"
     args = parse("--env-kwargs", "horizon", "7", "sparse", "True", "scale", "0.5")
     assert args.env_kwargs == dict(horizon=7, sparse=True, scale=0.5)

@@ -332,13 +332,24 @@ def discriminator_rows(state, action, ended):
     return torch.cat([rows, absorbing])
 
 
-def discriminator_loss(policy_logit, expert_logit, entropy_coef):
-    """E_expert[-log D] + E_policy[-log(1 - D)] - c H(D), H over both; also H, detached."""
-    # -log sigmoid(x) = softplus(-x)
-    bce = F.softplus(-expert_logit).mean() + F.softplus(policy_logit).mean()
-    logit = torch.cat([policy_logit, expert_logit])
-    entropy = (F.softplus(-logit) + (1 - torch.sigmoid(logit)) * logit).mean()
-    return bce - entropy_coef * entropy, entropy.detach()
+def discriminator_loss(discriminator, policy_rows, expert_rows, entropy_coef, gamma):
+    """E_expert[-log D] + E_policy[-log(1 - D)] - c H(D), H over both; also H, detached.
+
+    The absorbing state goes on for ever, which an effective horizon of 1 / (1 - gamma) steps counts
+    for: a row of it has as much weight as so many others.
+    """
+    parts = []
+    for rows, sign in ((expert_rows, -1), (policy_rows, 1)):
+        weight = 1 + rows[:, -1] * gamma / (1 - gamma)
+        weight = weight / weight.sum()
+        logit = discriminator(rows)
+        # -log sigmoid(x) = softplus(-x), and -log(1 - sigmoid(x)) = softplus(x)
+        bce = (weight * F.softplus(sign * logit)).sum()
+        entropy = F.softplus(-logit) + (1 - torch.sigmoid(logit)) * logit
+        parts.append((bce, (weight * entropy).sum()))
+    (expert_bce, expert_entropy), (policy_bce, policy_entropy) = parts
+    entropy = 0.5 * (expert_entropy + policy_entropy)
+    return expert_bce + policy_bce - entropy_coef * entropy, entropy.detach()
 
 
 def imitation_reward(logit, kind):
@@ -662,14 +673,18 @@ class S2PGGAIL(S2PGPPO):
         self.rollouts += 1
         for _ in range(args.discriminator_steps if due else 0):
             index = torch.randint(len(expert_rows), (len(policy_rows),), device=self.device)
-            rows = torch.cat([policy_rows, expert_rows[index]])
-            discriminator.normalizer.update(rows[rows[:, -1] == 0, : discriminator.state_dim])
-            loss, _ = discriminator_loss(*discriminator(rows).chunk(2), coef)
+            for rows in (policy_rows, expert_rows[index]):
+                discriminator.normalizer.update(rows[rows[:, -1] == 0, : discriminator.state_dim])
+            loss, _ = discriminator_loss(
+                discriminator, policy_rows, expert_rows[index], coef, args.gamma
+            )
             descend(self.discriminator_optimizer, loss)
 
         with torch.no_grad():
             policy_logit, expert_logit = discriminator(policy_rows), discriminator(expert_rows)
-            loss, entropy = discriminator_loss(policy_logit, expert_logit, coef)
+            loss, entropy = discriminator_loss(
+                discriminator, policy_rows, expert_rows, coef, args.gamma
+            )
             absorbing_row = torch.zeros_like(policy_rows[0])
             absorbing_row[-1] = 1
             absorbing_reward = imitation_reward(discriminator(absorbing_row), args.reward)

@@ -1,0 +1,664 @@
+"""Demonstrations, the discriminator and its rewards, the critic of LSIQ, behaviour cloning."""
+
+import importlib.util
+import json
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Bernoulli
+
+import envs
+import envs.demonstrations
+import s2pg_gail
+import s2pg_lsiq
+from s2pg_gail import (
+    Demonstrations,
+    Discriminator,
+    cloning_loss,
+    discriminator_loss,
+    discriminator_rows,
+    imitation_reward,
+)
+
+CPU = torch.device("cpu")
+SHIPPED = ("InvertedPendulum-v4", "Hopper-v4", "HalfCheetah-v4")
+SHARED = pytest.mark.parametrize("script", [s2pg_gail, s2pg_lsiq], ids=["gail", "lsiq"])
+
+
+def episode(steps, obs_dim=2, critic_dim=3, action_dim=1, terminated=True, seed=0):
+    """As `envs.demonstrations.load` gives it, of random numbers."""
+    rng = np.random.default_rng(seed)
+    ends = np.arange(steps) == steps - 1
+    return dict(
+        observations=rng.normal(size=(steps + 1, obs_dim)).astype(np.float32),
+        critic_observations=rng.normal(size=(steps + 1, critic_dim)).astype(np.float32),
+        actions=rng.uniform(-1, 1, size=(steps, action_dim)).astype(np.float32),
+        rewards=np.ones(steps, np.float32),
+        terminations=ends & terminated,
+        truncations=ends & (not terminated),
+    )
+
+
+# Demonstrations ---------------------------------------------------------------------------------
+
+
+def hopper_file(path, lengths=(3, 2), env_id="Hopper-v4", **changes):
+    """A file of random demonstrations; `changes` replace or (None) remove its arrays."""
+    steps = sum(lengths)
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(steps + len(lengths), 11))
+    ends = np.zeros(steps, bool)
+    ends[np.cumsum(lengths) - 1] = True
+    arrays = (
+        dict(
+            observations=states,
+            critic_observations=states,
+            actions=rng.uniform(-1, 1, size=(steps, 3)),
+            rewards=np.arange(steps),
+            terminations=ends,
+            truncations=np.zeros(steps, bool),
+            env_id=env_id,
+        )
+        | changes
+    )
+    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+    return arrays
+
+
+def test_a_policy_without_velocities_imitates_an_expert_that_saw_them(tmp_path):
+    path = tmp_path / "expert.npz"
+    file = hopper_file(path)
+    env = envs.make("Hopper-v4", hide="velocities")
+    first, second = envs.demonstrations.load(str(path), env)
+    np.testing.assert_allclose(first["critic_observations"], file["observations"][:4], rtol=1e-6)
+    np.testing.assert_allclose(second["critic_observations"], file["observations"][4:], rtol=1e-6)
+    for found in (first, second):  # five positions, six velocities
+        assert np.array_equal(found["observations"], found["critic_observations"][:, :5])
+    assert first["rewards"].tolist() == [0, 1, 2] and second["rewards"].tolist() == [3, 4]
+    assert first["terminations"].tolist() == [False, False, True]
+    assert first["observations"].dtype == first["actions"].dtype == np.float32
+
+    env = envs.make("Hopper-v4", hide="velocities", privileged_critic=False)
+    (first, _) = envs.demonstrations.load(str(path), env)
+    assert first["critic_observations"].shape == first["observations"].shape == (4, 5)
+    (first, _) = envs.demonstrations.load(str(path), envs.make("Hopper-v4", hide="positions"))
+    assert np.array_equal(first["observations"], first["critic_observations"][:, 5:])
+    (first, _) = envs.demonstrations.load(str(path), envs.make("Hopper-v4"))
+    assert first["observations"].shape == (4, 11)
+
+
+def test_an_expert_that_saw_no_more_can_be_imitated_without_a_privileged_critic(tmp_path):
+    path = tmp_path / "expert.npz"
+    both = np.zeros((7, 5))
+    hopper_file(path, observations=both, critic_observations=both)
+    env = envs.make("Hopper-v4", hide="velocities", privileged_critic=False)
+    assert envs.demonstrations.load(str(path), env)[0]["critic_observations"].shape == (4, 5)
+    with pytest.raises(ValueError, match="states of 5 values, from which .* critic sees, 11"):
+        envs.demonstrations.load(str(path), envs.make("Hopper-v4", hide="velocities"))
+
+
+def test_actions_are_scaled_from_the_units_of_the_environment():
+    env = envs.make("InvertedPendulum-v4", hide="velocities")  # actions from -3 to 3
+    found = envs.demonstrations.load(None, env, 1)[0]["actions"]
+    with np.load(envs.demonstrations.FOLDER / "InvertedPendulum-v4.npz") as file:
+        np.testing.assert_allclose(found, file["actions"][:1000] / 3, rtol=1e-5)
+
+
+DAMAGE = {
+    "cut off": "is damaged",
+    "text": "is damaged",
+    "missing": "there are no demonstrations at",
+    "other keys": "lacks .*actions",
+    "another task": "of Walker2d-v4, not of Hopper-v4",
+    "other states": "observations of 11 and states of 12 values",
+    "other actions": "actions of 2 values, and the environment's have 3",
+    "not finite": "actions holds values that are not finite",
+    "text in it": "is no array of numbers",
+    "one too few": "not of one length",
+    "no end": "last episode does not end",
+    "observations": "T \\+ 1 observations",
+    "too few": "holds 2 episodes, and 3 are asked for",
+    "pickled": "is damaged",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_unusable_demonstrations_are_answered_in_a_sentence(damage, tmp_path):
+    path, episodes = tmp_path / "expert.npz", None
+    file = hopper_file(path)
+    nan = file["actions"].copy()
+    nan[2, 1] = np.nan
+    changes = {
+        "other keys": dict(actions=None),
+        "another task": dict(env_id="Walker2d-v4"),
+        "other states": dict(critic_observations=np.zeros((7, 12))),
+        "other actions": dict(actions=np.zeros((5, 2))),
+        "not finite": dict(actions=nan),
+        "text in it": dict(actions=np.full((5, 3), "a")),
+        "one too few": dict(rewards=np.zeros(4)),
+        "no end": dict(terminations=np.zeros(5, bool)),
+        "observations": dict(observations=np.zeros((6, 11))),
+        "pickled": dict(rewards=np.array([None] * 5, dtype=object)),
+    }
+    if damage in changes:
+        hopper_file(path, **changes[damage])
+    elif damage == "cut off":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "text":
+        path.write_text("not a file of demonstrations")
+    elif damage == "missing":
+        path.unlink()
+    elif damage == "too few":
+        episodes = 3
+    with pytest.raises(ValueError, match=DAMAGE[damage]) as error:
+        envs.demonstrations.load(str(path), envs.make("Hopper-v4", hide="velocities"), episodes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("env_id", SHIPPED)
+def test_shipped_demonstrations(env_id):
+    path = envs.demonstrations.FOLDER / f"{env_id}.npz"
+    assert path.stat().st_size < 2e6
+    episodes = envs.demonstrations.load(None, envs.make(env_id, hide="velocities"))
+    with np.load(path) as file:
+        made_by = json.loads(str(file["made_by"]))
+    assert len(episodes) == 5 and made_by["hide"] == "none" and made_by["env_id"] == env_id
+    returns = [found["rewards"].sum() for found in episodes]
+    np.testing.assert_allclose(returns, made_by["returns"], rtol=1e-5)
+    assert min(returns) > dict(zip(SHIPPED, (999, 3000, 5500)))[env_id]
+    assert f"| {env_id} |" in (envs.demonstrations.FOLDER / "README.md").read_text()
+
+
+def test_shipped_demonstrations_replay_in_the_simulator():
+    """What they say of states, actions and rewards is what the environment does."""
+    env = gym.make("Hopper-v4").unwrapped
+    found = envs.demonstrations.load(None, envs.make("Hopper-v4"), 1)[0]
+    states = found["critic_observations"].astype(np.float64)
+    # qvel is clipped to 10 in the observation, so take a step where it was not
+    t = next(t for t in range(50, 1000) if abs(states[t, 5:]).max() < 9)
+    env.reset(seed=0)
+    env.set_state(np.concatenate([[0.0], states[t, :5]]), states[t, 5:])
+    obs, reward, *_ = env.step(found["actions"][t])
+    np.testing.assert_allclose(obs, states[t + 1], atol=2e-2)
+    assert reward == pytest.approx(found["rewards"][t], abs=2e-2)
+
+
+def test_no_demonstrations_of_a_task_name_those_there_are():
+    with pytest.raises(ValueError, match=r"no demonstrations for Ant-v4 .*Hopper-v4.*: name"):
+        envs.demonstrations.load(None, envs.make("Ant-v4", hide="velocities"))
+
+
+def test_minari_is_optional(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'pip install "minari\[hdf5\]"'):
+        envs.demonstrations.load("minari:a/b-v0", envs.make("Hopper-v4"))
+
+
+def test_demonstrations_of_minari(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    minari = pytest.importorskip("minari")
+    from minari.data_collector import EpisodeBuffer
+
+    rng = np.random.default_rng(0)
+    states = [rng.normal(size=(n + 1, 4)) for n in (3, 2)]
+    actions = [rng.uniform(-3, 3, size=(n, 1)).astype(np.float32) for n in (3, 2)]
+    buffers = [
+        EpisodeBuffer(
+            observations=s,
+            actions=a,
+            rewards=np.ones(len(a)),
+            # the first one terminates, the second is cut off where the recording stopped
+            terminations=(np.arange(len(a)) == 2),
+            truncations=np.zeros(len(a), bool),
+            infos={},
+        )
+        for s, a in zip(states, actions)
+    ]
+    minari.create_dataset_from_buffers(
+        "pendulum/test-v0", buffers, env=gym.make("InvertedPendulum-v5")
+    )
+    env = envs.make("InvertedPendulum-v5", hide="velocities")
+    found = envs.demonstrations.load("minari:pendulum/test-v0", env)
+    for one, s, a in zip(found, states, actions):
+        np.testing.assert_allclose(one["critic_observations"], s, rtol=1e-6)
+        np.testing.assert_allclose(one["observations"], s[:, :2], rtol=1e-6)
+        np.testing.assert_allclose(one["actions"], a / 3, rtol=1e-6)
+    assert found[0]["terminations"].tolist() == [False, False, True]
+    assert not found[0]["truncations"].any() and not found[1]["terminations"].any()
+    assert found[1]["truncations"].tolist() == [False, True]
+    with pytest.raises(ValueError, match="of InvertedPendulum-v5, not of Hopper-v4"):
+        envs.demonstrations.load("minari:pendulum/test-v0", envs.make("Hopper-v4"))
+    with pytest.raises(ValueError, match="minari download"):
+        envs.demonstrations.load("minari:pendulum/nothing-v0", env)
+
+
+# Demonstrations side by side ---------------------------------------------------------------------
+
+
+@SHARED
+def test_episodes_lie_side_by_side(script):
+    episodes = [episode(4, seed=1), episode(2, seed=2, terminated=False)]
+    data = script.Demonstrations(episodes, CPU)
+    assert data.obs.shape == (5, 2, 2) and data.critic_obs.shape == (5, 2, 3)
+    assert data.valid.T.tolist() == [[True] * 4 + [False], [True] * 2 + [False] * 3]
+    for e, one in enumerate(episodes):
+        n = len(one["actions"])
+        np.testing.assert_array_equal(data.obs[: n + 1, e], one["observations"])
+        np.testing.assert_array_equal(data.action[:n, e], one["actions"])
+        assert not data.action[n:, e].any() and not data.a_prev[0, e].any()
+        np.testing.assert_array_equal(data.a_prev[1 : n + 1, e], one["actions"])
+    assert data.terminated.nonzero().tolist() == [[3, 0]]
+    assert data.returns == [4, 2]
+
+
+@SHARED
+def test_the_memory_is_rolled_along_what_the_expert_saw_and_did(script):
+    episodes = [episode(4, seed=1), episode(2, seed=2)]
+    data = script.Demonstrations(episodes, CPU)
+    data.roll(lambda o, z, a_prev: (None, 2 * z + o[:, :1] + 10 * a_prev), z_dim=1)
+    for e, one in enumerate(episodes):
+        z = 0.0
+        for t in range(len(one["observations"])):
+            assert data.z[t, e].item() == pytest.approx(z, rel=1e-5)
+            a_prev = one["actions"][t - 1, 0] if t > 0 else 0.0
+            z = 2 * z + one["observations"][t, 0] + 10 * a_prev
+
+
+@SHARED
+def test_the_cloning_loss_is_that_of_sequences_within_an_episode(script):
+    """With mu = z and z' = z + o, against sequences of every start; padding does not count."""
+    data = script.Demonstrations(
+        [episode(5, obs_dim=1, seed=1), episode(3, obs_dim=1, seed=2)], CPU
+    )
+
+    def step(o, z, a_prev):
+        return z, z + o
+
+    data.roll(step, z_dim=1)
+    torch.manual_seed(0)
+    loss = script.cloning_loss(step, data, 20_000, 3)
+    errors, weights = 0.0, 0.0
+    for e, length in enumerate([5, 3]):
+        for start in range(length):
+            share = 1 / (2 * length)
+            for t in range(start, min(start + 3, length)):
+                errors += share * (data.z[t, e] - data.action[t, e]).square().item()
+                weights += share
+    assert loss.item() == pytest.approx(errors / weights, rel=0.03)
+
+
+@SHARED
+@pytest.mark.parametrize("memoryless", [False, True])
+def test_cloning_needs_a_memory_where_the_expert_had_one(script, memoryless):
+    """The expert repeats a cue that is visible in the first step only."""
+    rng = np.random.default_rng(0)
+    episodes = []
+    for i in range(16):
+        cue, one = rng.choice([-0.8, 0.8]), episode(6, obs_dim=1, critic_dim=1, seed=i)
+        one["observations"][:] = 0
+        one["observations"][0] = cue
+        one["actions"][:] = cue
+        episodes.append(one)
+    for one in episodes:  # seeing what it did just before, it could do without
+        one["actions"][2::2] = 0
+    torch.manual_seed(0)
+    args = script.Args(memoryless=memoryless, bc_steps=400, bc_lr=3e-3, bc_sequence_length=6)
+    agent = script.Agent(args, 1, 1, 1, True, CPU)
+    data = script.Demonstrations(episodes, CPU)
+    loss = agent.clone(data).item()
+    # without: 0 is the best guess for the two of six actions that neither o nor a_prev give away
+    assert loss > 0.15 if memoryless else loss < 0.08
+
+
+# GAIL ---------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_the_discriminator():
+    policy, expert = torch.randn(7), torch.randn(7)
+    loss, entropy = discriminator_loss(policy, expert, 0.3)
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    expected = bce(policy, torch.zeros(7)) + bce(expert, torch.ones(7))
+    exact = Bernoulli(logits=torch.cat([policy, expert])).entropy().mean()
+    torch.testing.assert_close(entropy, exact)
+    torch.testing.assert_close(loss, expected - 0.3 * exact)
+
+
+def test_the_entropy_of_the_discriminator_pulls_it_towards_doubt():
+    logit = torch.full((5,), 3.0, requires_grad=True)
+    with_entropy, _ = discriminator_loss(logit, logit, 10.0)
+    without, _ = discriminator_loss(logit, logit, 0.0)
+    (gradient,) = torch.autograd.grad(with_entropy - without, logit)
+    assert (gradient > 0).all()  # descent lowers the logit, towards D = 1/2
+
+
+def test_imitation_rewards():
+    logit = torch.tensor([-30.0, -2.0, 0.0, 2.0, 30.0])
+    d = torch.sigmoid(logit.double())
+    gail = -(1 - d + 1e-8).log()
+    torch.testing.assert_close(imitation_reward(logit, "gail").double(), gail, rtol=1e-4, atol=1e-6)
+    assert imitation_reward(torch.tensor(100.0), "gail").item() == pytest.approx(-math.log(1e-8))
+    torch.testing.assert_close(imitation_reward(logit, "airl"), logit)
+
+
+def test_rows_of_the_discriminator():
+    state, action = torch.randn(3, 2), torch.randn(3, 1)
+    rows = discriminator_rows(state, action, torch.tensor([False, True, False]))
+    assert torch.equal(rows[:3], torch.cat([state, action, torch.zeros(3, 1)], -1))
+    assert rows[3:].tolist() == [[0, 0, 0, 1]]
+
+
+def test_the_absorbing_state_is_one_state():
+    """Whatever the statistics of the states are."""
+    discriminator = Discriminator(2, 1)
+    row = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+    before = discriminator(row)
+    discriminator.normalizer.update(5 + torch.randn(100, 2))
+    torch.testing.assert_close(discriminator(row), before)
+    other = torch.tensor([[0.0, 0.0, 0.0, 0.0]])
+    assert discriminator(other).item() != before.item()
+
+
+def gail(privileged=True, **options):
+    """An agent, its expert, and a full rollout of 40 rows in two environments of 5-step episodes."""
+    args = s2pg_gail.Args(
+        num_steps=40, num_envs=2, num_minibatches=2, update_epochs=1, state_dim=4, **options
+    )
+    torch.manual_seed(0)
+    agent = s2pg_gail.Agent(args, 2, 3, 1, privileged, CPU)
+    data = Demonstrations([episode(10, seed=1), episode(7, seed=2, terminated=False)], CPU)
+    rollout = agent.make_rollout()
+    fill(rollout)
+    return agent, data, rollout
+
+
+def fill(rollout):
+    """Rows of random numbers; each sixth is the final row of a terminated episode."""
+    generator = torch.Generator().manual_seed(1)
+    rollout.length = len(rollout.first)
+    for name in ("obs", "critic_obs", "z", "a_prev", "action", "log_prob", "value"):
+        tensor = getattr(rollout, name)
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    row = torch.arange(rollout.length) % 6
+    rollout.first[:] = (row == 0)[:, None]
+    rollout.terminated[:] = (row == 4)[:, None]
+
+
+def rewards_of(agent, data, rollout, monkeypatch):
+    """What GAIL's update hands to PPO's."""
+    seen = {}
+    monkeypatch.setattr(
+        s2pg_gail.S2PGPPO, "update", lambda self, r: seen.update(reward=r.reward.clone()) or {}
+    )
+    metrics = agent.update(rollout, data)
+    return seen["reward"][: rollout.length - 1], metrics
+
+
+@pytest.mark.parametrize("reward", ["gail", "airl"])
+@pytest.mark.parametrize("absorbing", [True, False])
+def test_rewards_are_those_of_the_discriminator(reward, absorbing, monkeypatch):
+    agent, data, rollout = gail(reward=reward, absorbing=absorbing)
+    given, metrics = rewards_of(agent, data, rollout, monkeypatch)
+    valid = ~rollout.first[1:]
+    with torch.no_grad():
+        state, action = rollout.critic_obs[:-1], rollout.action[:-1].clamp(-1, 1)
+        rows = torch.cat([state, action, torch.zeros(*action.shape[:2], 1)], -1)
+        expected = imitation_reward(agent.discriminator(rows), reward)
+        in_absorbing = torch.tensor([0.0, 0, 0, 0, 1])
+        forever = imitation_reward(agent.discriminator(in_absorbing), reward)
+    assert metrics["losses/absorbing_reward"] == forever
+    if absorbing:  # sum of gamma^k r_abs from the next step on
+        discounted = sum(0.99**k for k in range(1, 5000)) * forever
+        expected = expected + rollout.terminated[:-1] * discounted
+    torch.testing.assert_close(given[valid], expected[valid], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sees", ["critic", "policy"])
+def test_the_discriminator_sees_what_it_should_and_never_the_memory(sees, monkeypatch):
+    hidden = dict(critic="obs", policy="critic_obs")[sees]
+    results = []
+    for change in (None, "z", "a_prev", hidden):
+        agent, data, rollout = gail(discriminator_sees=sees)
+        if change is not None:
+            getattr(rollout, change).add_(1.0)
+        if change == hidden:
+            getattr(data, change).add_(1.0)
+        given, _ = rewards_of(agent, data, rollout, monkeypatch)
+        results.append((given, agent.discriminator.state_dict()))
+    first, *others = results
+    for given, state in others:
+        assert torch.equal(given, first[0])
+        assert all(torch.equal(state[k], first[1][k]) for k in state)
+    agent, data, rollout = gail(discriminator_sees=sees)
+    getattr(rollout, dict(critic="critic_obs", policy="obs")[sees]).add_(1.0)
+    assert not torch.equal(rewards_of(agent, data, rollout, monkeypatch)[0], first[0])
+
+
+def test_the_discriminator_learns_to_tell_expert_from_policy():
+    agent, data, rollout = gail(
+        discriminator_frequency=1, discriminator_steps=50, discriminator_lr=1e-3
+    )
+    data.critic_obs += 3
+    metrics = agent.update(rollout, data)
+    assert metrics["losses/accuracy_policy"] > 0.9 and metrics["losses/accuracy_expert"] > 0.9
+    assert metrics["losses/imitation_reward"] < 0.2  # the policy is found out
+    # only the policy ends its episodes in an absorbing state oftener than the expert
+    assert metrics["losses/absorbing_reward"] < math.log(2)
+
+
+def test_the_discriminator_learns_every_so_many_rollouts():
+    agent, data, rollout = gail(discriminator_frequency=3)
+    changed = []
+    for _ in range(7):
+        before = [p.clone() for p in agent.discriminator.parameters()]
+        fill(rollout)
+        agent.update(rollout, data)
+        after = agent.discriminator.parameters()
+        changed.append(any(not torch.equal(a, b) for a, b in zip(before, after)))
+    assert changed == [True, False, False, True, False, False, True]
+
+
+# LSIQ ---------------------------------------------------------------------------------------------
+
+
+def lsiq_batch(n=6, obs_dim=2, critic_dim=3, z_dim=4, seed=0):
+    """n transitions of the policy, then n of the expert; one of each is terminated."""
+    torch.manual_seed(seed)
+    terminated = torch.zeros(2 * n, dtype=torch.bool)
+    terminated[[0, n]] = True
+    rows = [torch.randn(2 * n, d) for d in (obs_dim, critic_dim, z_dim, 1, 1)]
+    return s2pg_lsiq.Transitions(
+        *rows[:2], torch.tanh(rows[2]), *map(torch.tanh, rows[3:]), torch.full((2 * n,), torch.nan),
+        terminated, torch.randn(2 * n, obs_dim), torch.randn(2 * n, critic_dim),
+        torch.tanh(torch.randn(2 * n, z_dim)), torch.arange(2 * n),
+    )  # fmt: skip
+
+
+def lsiq(**options):
+    args = s2pg_lsiq.Args(state_dim=4, **options)
+    return s2pg_lsiq.Agent(args, 2, 3, 1, True, CPU)
+
+
+@pytest.mark.parametrize("loss", ["sqil_like", "iq_like"])
+@pytest.mark.parametrize("expert_target", ["fix", "bootstrap"])
+@pytest.mark.parametrize("absorbing", [True, False])
+@pytest.mark.parametrize("clip_target", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 500.0])
+def test_the_loss_of_the_critic(loss, expert_target, absorbing, clip_target, scale):
+    """Against the paper's formulas, a transition at a time."""
+    agent = lsiq(
+        loss=loss, expert_target=expert_target, absorbing=absorbing, clip_target=clip_target,
+        regularizer=0.25, gamma=0.9,
+    )  # fmt: skip
+    with torch.no_grad():  # values within their bounds of 4 / (1 - .9) = 40, and beyond
+        agent.target_critic.net[-1].bias.copy_(scale * torch.randn(2, 1, 1).abs())
+    batch, alpha = lsiq_batch(), torch.tensor(0.3)
+    torch.manual_seed(5)
+    value, q = s2pg_lsiq.lsiq_critic_loss(
+        agent.actor, agent.critic, agent.target_critic, batch, alpha, agent.args
+    )
+    torch.manual_seed(5)
+    with torch.no_grad():
+        a, z, log_pi, _ = agent.actor.sample(batch.next_obs, batch.next_z, batch.action)
+        next_q = agent.target_critic(batch.next_state, a, z, batch.action).min(0).values
+    total = 0.0
+    for own in q:
+        parts = dict(policy=[], expert=[], squares=[])
+        for i in range(12):
+            who, d = ("policy", "expert")[i >= 6], batch.terminated[i].item()
+            v = (next_q[i] - 0.3 * log_pi[i]).item()
+            if clip_target:
+                v = min(max(v, -40.0), 40.0)
+            y = 0.0 if d else 0.9 * v
+            r = -4.0 if who == "policy" else 4.0
+            if d and absorbing:
+                r = r / (1 - 0.9)
+            value_i = own[i].item()
+            if loss == "iq_like":
+                parts[who].append(value_i - y)
+                weight = 1 - 0.9 if d and absorbing else 1.0
+                parts["squares"].append(weight * (value_i - y) ** 2)
+            elif who == "expert" and expert_target == "fix":
+                parts[who].append((value_i - 40.0) ** 2)
+            else:
+                parts[who].append((value_i - (r + y)) ** 2)
+        mean = {k: np.mean(v) if v else 0.0 for k, v in parts.items()}
+        if loss == "iq_like":
+            total += mean["policy"] - mean["expert"] + 0.25 * mean["squares"]
+        else:
+            total += mean["policy"] + mean["expert"]
+    assert value.item() == pytest.approx(total, rel=1e-4)
+
+
+def fixed_point(loss, expert_target, steps=3000):
+    """Q of two states: the expert's, in which it stays; and the policy's, in which it ends."""
+    agent = lsiq(loss=loss, expert_target=expert_target, gamma=0.9, alpha=1e-9)
+    batch = lsiq_batch(n=8)
+    n = 8
+    expert = torch.arange(2 * n) >= n
+    state = torch.where(expert[:, None], 1.0, -1.0).expand(-1, 3)
+    zeros = {k: torch.zeros_like(getattr(batch, k)) for k in ("obs", "z", "a_prev", "next_obs")}
+    batch = batch._replace(
+        state=state, next_state=state, terminated=~expert, **zeros,
+        next_z=torch.zeros_like(batch.next_z), action=torch.zeros_like(batch.action),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(agent.critic.parameters(), lr=3e-3)
+    for _ in range(steps):
+        value, q = s2pg_lsiq.lsiq_critic_loss(
+            agent.actor, agent.critic, agent.target_critic, batch, torch.tensor(0.0), agent.args
+        )
+        s2pg_lsiq.descend(optimizer, value)
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(agent.target_critic.parameters()), list(agent.critic.parameters()), 0.05
+            )
+    q_policy, q_expert = q.chunk(2, -1)
+    return q_policy.mean().item(), q_expert.mean().item()
+
+
+@pytest.mark.parametrize(
+    "loss, expert_target", [("sqil_like", "fix"), ("sqil_like", "bootstrap"), ("iq_like", "fix")]
+)
+def test_fixed_points(loss, expert_target):
+    """+-1/(c (1 - gamma)): +-200 with gamma = .99, here +-20 with .9."""
+    q_policy, q_expert = fixed_point(loss, expert_target)
+    assert q_policy == pytest.approx(-20, rel=0.03)
+    # the critic knows the actions of the expert only, and the actor takes others in its states
+    assert q_expert == pytest.approx(20, rel=0.1)
+
+
+def test_the_expert_buffer_holds_the_demonstrations_with_the_memory_of_the_policy():
+    agent = lsiq()
+    episodes = [episode(4, seed=1), episode(2, seed=2, terminated=False)]
+    data = s2pg_lsiq.Demonstrations(episodes, CPU)
+    expert = agent.make_expert_buffer(data)
+    assert expert.size == 6  # each transition can be drawn
+    batch = expert.sample(4000, False)
+    for e, one in enumerate(episodes):
+        for t in range(len(one["actions"])):
+            (index,) = (
+                torch.isclose(batch.obs, torch.tensor(one["observations"][t]))
+                .all(1)
+                .nonzero(as_tuple=True)
+            )
+            assert len(index) > 400  # of 4000, a sixth each
+            i = index[0]
+            np.testing.assert_allclose(batch.state[i], one["critic_observations"][t])
+            np.testing.assert_allclose(batch.next_obs[i], one["observations"][t + 1])
+            np.testing.assert_allclose(batch.action[i], one["actions"][t])
+            np.testing.assert_allclose(batch.a_prev[i], one["actions"][t - 1] if t else [0.0])
+            assert torch.equal(batch.z[i], data.z[t, e])
+            assert torch.equal(batch.next_z[i], data.z[t + 1, e])
+            assert batch.terminated[i].item() == one["terminations"][t]
+    assert not expert.reward.any()
+
+
+def test_the_memory_of_both_is_refreshed():
+    agent = lsiq(batch_size=64, learning_starts=5)
+    data = s2pg_lsiq.Demonstrations([episode(30, seed=1)], CPU)
+    expert, buffer = agent.make_expert_buffer(data), agent.make_buffer()
+    for t in range(30):
+        row = [torch.randn(1, d) for d in (2, 3, 4)]
+        action = torch.zeros(1, 1)
+        buffer.add(*row, action, np.zeros(1), np.zeros(1, bool), np.array([t == 0]))
+    before = [part.z.clone() for part in (expert, buffer)]
+    agent.update(buffer, expert)
+    for part, z in zip((expert, buffer), before):
+        changed = (part.z != z).any(1)
+        assert changed.sum() > 10 and not changed[0]  # an episode begins with zeros
+
+
+# What the task pays ------------------------------------------------------------------------------
+
+
+@SHARED
+def test_the_reward_of_the_task_never_reaches_the_learner(script, tmp_path, monkeypatch):
+    """Another reward, and nothing but what is logged of it is another."""
+    make, states, returns = envs.make, [], []
+    for name, scale in (("as it is", 1.0), ("another", -50.0)):
+
+        def other(*args, scale=scale, **kwargs):
+            return gym.wrappers.TransformReward(make(*args, **kwargs), lambda r: scale * r)
+
+        monkeypatch.setattr(envs, "make", other)
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        options = dict(num_steps=100) if script is s2pg_gail else dict(learning_starts=50)
+        script.train(
+            script.Args(
+                total_timesteps=250, eval_episodes=1, hide="velocities", bc_steps=2, **options
+            )
+        )
+        (run_dir,) = (tmp_path / name / "runs").iterdir()
+        state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+        states.append(state)
+        events = s2pg_events(run_dir)
+        returns.append(events.Scalars("charts/episodic_return")[0].value)
+        assert "eval/return_stochastic" in events.Tags()["scalars"]
+    assert returns[1] == -50 * returns[0]
+    assert flat(states[0]).keys() == flat(states[1]).keys() and len(flat(states[0])) > 30
+    for key, value in flat(states[0]).items():
+        assert torch.equal(value, flat(states[1])[key]), key
+
+
+def s2pg_events(run_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return events
+
+
+def flat(state):
+    if torch.is_tensor(state):
+        return {"": state}
+    items = state.items() if isinstance(state, dict) else enumerate(state)
+    nested = {k: v for k, v in items if isinstance(v, dict | list | tuple) or torch.is_tensor(v)}
+    return {f"{k}/{path}": t for k, v in nested.items() for path, t in flat(v).items()}
+
+
+def test_cloning_is_the_same_in_both_scripts():
+    """Text that is shared is tested once; this says that it is."""
+    assert s2pg_lsiq.cloning_loss.__code__.co_code == cloning_loss.__code__.co_code

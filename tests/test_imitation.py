@@ -96,7 +96,7 @@ def test_an_expert_that_saw_no_more_can_be_imitated_without_a_privileged_critic(
     hopper_file(path, observations=both, critic_observations=both)
     env = envs.make("Hopper-v4", hide="velocities", privileged_critic=False)
     assert envs.demonstrations.load(str(path), env)[0]["critic_observations"].shape == (4, 5)
-    with pytest.raises(ValueError, match="states of 5 values, from which .* critic sees, 11"):
+    with pytest.raises(ValueError, match=r"states of 5 values, from which .* critic sees, 11"):
         envs.demonstrations.load(str(path), envs.make("Hopper-v4", hide="velocities"))
 
 
@@ -317,21 +317,31 @@ def test_cloning_needs_a_memory_where_the_expert_had_one(script, memoryless):
 
 
 def test_the_loss_of_the_discriminator():
-    policy, expert = torch.randn(7), torch.randn(7)
-    loss, entropy = discriminator_loss(policy, expert, 0.3)
+    """Rows of the absorbing state count as the 1 / (1 - gamma) steps for which it stands."""
+    torch.manual_seed(0)
+    discriminator = Discriminator(2, 1)
+    no, state, action = torch.zeros(3, dtype=torch.bool), torch.randn(3, 2), torch.randn(3, 1)
+    expert = discriminator_rows(state, action, no)
+    policy = discriminator_rows(-state, action, torch.tensor([False, True, True]))
+    loss, entropy = discriminator_loss(discriminator, policy, expert, 0.3, gamma=0.9)
+
+    repeated = torch.cat([policy[:3], *([policy[3:]] * 10)])  # 1 / (1 - 0.9)
+    logits = discriminator(repeated), discriminator(expert)
     bce = torch.nn.functional.binary_cross_entropy_with_logits
-    expected = bce(policy, torch.zeros(7)) + bce(expert, torch.ones(7))
-    exact = Bernoulli(logits=torch.cat([policy, expert])).entropy().mean()
-    torch.testing.assert_close(entropy, exact)
+    expected = bce(logits[0], torch.zeros(23)) + bce(logits[1], torch.ones(3))
+    exact = sum(Bernoulli(logits=logit).entropy().mean() for logit in logits) / 2
+    torch.testing.assert_close(entropy, exact.detach())
     torch.testing.assert_close(loss, expected - 0.3 * exact)
 
 
 def test_the_entropy_of_the_discriminator_pulls_it_towards_doubt():
-    logit = torch.full((5,), 3.0, requires_grad=True)
-    with_entropy, _ = discriminator_loss(logit, logit, 10.0)
-    without, _ = discriminator_loss(logit, logit, 0.0)
-    (gradient,) = torch.autograd.grad(with_entropy - without, logit)
-    assert (gradient > 0).all()  # descent lowers the logit, towards D = 1/2
+    torch.manual_seed(0)
+    discriminator, rows = Discriminator(2, 1), torch.randn(5, 4) * torch.tensor([1.0, 1, 1, 0])
+    discriminator.net[-1].bias.data.fill_(3.0)  # D is sure that this is the expert
+    with_entropy, _ = discriminator_loss(discriminator, rows, rows, 10.0, 0.99)
+    without, _ = discriminator_loss(discriminator, rows, rows, 0.0, 0.99)
+    (gradient,) = torch.autograd.grad(with_entropy - without, discriminator.net[-1].bias)
+    assert gradient > 0  # descent lowers the logit, towards D = 1/2
 
 
 def test_imitation_rewards():
@@ -362,7 +372,7 @@ def test_the_absorbing_state_is_one_state():
 
 
 def gail(privileged=True, **options):
-    """An agent, its expert, and a full rollout of 40 rows in two environments of 5-step episodes."""
+    """An agent, its expert, and a full rollout of 5-step episodes in two environments."""
     args = s2pg_gail.Args(
         num_steps=40, num_envs=2, num_minibatches=2, update_epochs=1, state_dim=4, **options
     )

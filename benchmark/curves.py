@@ -24,6 +24,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bptt_ppo
 import bptt_sac
+import s2pg_gail
+import s2pg_lsiq
 import s2pg_ppo
 import s2pg_sac
 import s2pg_td3
@@ -32,7 +34,7 @@ COLUMNS = [
     "env_id", "label", "script", "options", "seed", "step", "wall_seconds",
     "return_deterministic", "return_stochastic", "versions",
 ]  # fmt: skip
-SCRIPTS = [s2pg_sac, s2pg_td3, s2pg_ppo, bptt_sac, bptt_ppo]
+SCRIPTS = [s2pg_sac, s2pg_td3, s2pg_ppo, bptt_sac, bptt_ppo, s2pg_gail, s2pg_lsiq]
 
 
 def collect(runs, out):

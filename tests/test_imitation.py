@@ -169,7 +169,10 @@ def test_shipped_demonstrations(env_id):
     returns = [found["rewards"].sum() for found in episodes]
     np.testing.assert_allclose(returns, made_by["returns"], rtol=1e-5)
     assert min(returns) > dict(zip(SHIPPED, (999, 3000, 5500)))[env_id]
-    assert f"| {env_id} |" in (envs.demonstrations.FOLDER / "README.md").read_text()
+    table = (envs.demonstrations.FOLDER / "README.md").read_text().splitlines()
+    (row,) = [line for line in table if line.startswith(f"| {env_id} |")]
+    assert f"| {', '.join(f'{value:.0f}' for value in returns)} |" in row
+    assert f"seed {made_by['seed']}`" in row and f"{made_by['total_timesteps']:,} steps" in row
 
 
 def test_shipped_demonstrations_replay_in_the_simulator():

@@ -111,10 +111,11 @@ class Args:
     """treat the end of an episode as a state that goes on for ever; otherwise it is worth 0"""
     discriminator_lr: float = 3e-4
     """learning rate of the discriminator"""
-    discriminator_frequency: int = 3
-    """rollouts between two updates of the discriminator"""
-    discriminator_steps: int = 1
-    """gradient steps of such an update, each on a whole rollout and as many rows of the expert"""
+    discriminator_frequency: int = 1
+    """rollouts from one update of the discriminator to the next (published: 3)"""
+    discriminator_steps: int = 3
+    """gradient steps of such an update, each on a whole rollout and as many rows of the expert
+    (published: 1)"""
     discriminator_entropy: float = 1e-3
     """weight of the entropy of D"""
 
@@ -182,15 +183,15 @@ class Args:
 
 # What a task wants different from the defaults; options on the command line come before these.
 TUNED = {
-    "Ant": dict(hide="velocities"),
-    "HalfCheetah": dict(hide="velocities"),
-    "Hopper": dict(hide="velocities", clip_coef=0.05),
-    "Humanoid": dict(hide="velocities", clip_coef=0.1),
-    "HumanoidStandup": dict(hide="velocities", clip_coef=0.1),
+    "Ant": dict(hide="velocities", learning_rate=1e-4),
+    "HalfCheetah": dict(hide="velocities", learning_rate=1e-4),
+    "Hopper": dict(hide="velocities", learning_rate=1e-4),
+    "Humanoid": dict(hide="velocities", learning_rate=1e-4),
+    "HumanoidStandup": dict(hide="velocities", learning_rate=1e-4),
     "InvertedDoublePendulum": dict(hide="velocities"),
     "InvertedPendulum": dict(hide="velocities"),
-    "Swimmer": dict(hide="velocities"),
-    "Walker2d": dict(hide="velocities", clip_coef=0.05),
+    "Swimmer": dict(hide="velocities", learning_rate=1e-4),
+    "Walker2d": dict(hide="velocities", learning_rate=1e-4),
 }
 EVAL_SEED = 2**20  # evaluation plays other episodes than training, and others each time
 

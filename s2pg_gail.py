@@ -95,7 +95,8 @@ class Args:
     demonstration_episodes: int | None = None
     """episodes to imitate, the first of them; by default all"""
     bc_steps: int = 0
-    """steps of behaviour cloning before everything else, a warm start of the actor"""
+    """steps of behaviour cloning before everything else, a warm start of the actor, evaluated as
+    step 0; a resumed run does not clone"""
     bc_batch_size: int = 16
     """sequences in a step of behaviour cloning"""
     bc_sequence_length: int = 16
@@ -333,6 +334,11 @@ def discriminator_rows(state, action, ended):
     return torch.cat([rows, absorbing])
 
 
+def draw(rows, n):
+    """n of the rows, uniformly with replacement."""
+    return rows[torch.randint(len(rows), (n,), device=rows.device)]
+
+
 def discriminator_loss(discriminator, policy_rows, expert_rows, entropy_coef, gamma):
     """E_expert[-log D] + E_policy[-log(1 - D)] - c H(D), H over both; also H, detached.
 
@@ -385,19 +391,19 @@ class Demonstrations:
         self.returns = [float(episode["rewards"].sum()) for episode in episodes]
 
     @torch.no_grad()
-    def roll(self, step, z_dim):
-        """Set `z` [T + 1, E, Z]: the memory of the policy along what the expert saw and did.
+    def roll(self, unroll, z_dim):
+        """Set `z` [T + 1, E, Z]: the memory of a policy along what the expert saw and did.
 
-        `step(o, z, a_prev)` gives the noise-free action and a sample of z'.
+        `unroll(o, z, a_prev)` gives the noise-free action and a sample of z'.
         """
         z = torch.zeros(self.action.shape[1], z_dim, device=self.action.device)
         self.z = torch.zeros(*self.action.shape[:2], z_dim, device=self.action.device)
         for t in range(len(self.z)):
             self.z[t] = z
-            _, z = step(self.obs[t], z, self.a_prev[t])
+            _, z = unroll(self.obs[t], z, self.a_prev[t])
 
 
-def cloning_loss(step, demonstrations, batch_size, length):
+def cloning_loss(unroll, demonstrations, batch_size, length):
     """E[|a - mu_a|^2] over random sequences of at most `length` rows, which begin at their z.
 
     Backpropagation through time, as the expert has no memory that could be data.
@@ -408,21 +414,26 @@ def cloning_loss(step, demonstrations, batch_size, length):
     z, losses, rows = data.z[start, episode], 0.0, 0
     for k in range(length):
         row = (start + k).clamp(max=len(data.obs) - 1), episode
-        mean, z = step(data.obs[row], z, data.a_prev[row])
+        mean, z = unroll(data.obs[row], z, data.a_prev[row])
         error = (mean - data.action[row]).square().sum(-1)
         losses, rows = losses + (error * data.valid[row]).sum(), rows + data.valid[row].sum()
     return losses / rows
 
 
-def behaviour_cloning(step, actor, demonstrations, args):
-    """`bc_steps` gradient steps of the actor on `cloning_loss`; returns the last loss."""
+def behaviour_cloning(unroll, actor, demonstrations, args, stopped):
+    """`bc_steps` gradient steps of the actor on `cloning_loss`, or until `stopped` is not empty.
+
+    Returns the last loss.
+    """
     optimizer = torch.optim.Adam(actor.parameters(), lr=args.bc_lr)
     for i in tqdm(range(args.bc_steps), desc="cloning", dynamic_ncols=True, leave=False):
-        if i % 100 == 0:
-            demonstrations.roll(step, actor.z_dim)
-        loss = cloning_loss(step, demonstrations, args.bc_batch_size, args.bc_sequence_length)
+        if i % 100 == 0:  # the memory has become another
+            demonstrations.roll(unroll, actor.z_dim)
+        loss = cloning_loss(unroll, demonstrations, args.bc_batch_size, args.bc_sequence_length)
         check_finite({"the loss of behaviour cloning": loss})
         descend(optimizer, loss)
+        if stopped:
+            break
     return loss.detach()
 
 
@@ -644,12 +655,12 @@ class S2PGGAIL(S2PGPPO):
         )
         self.rollouts = torch.tensor(0)  # how many there were; a tensor goes into the checkpoint
 
-    def clone(self, demonstrations):
+    def clone(self, demonstrations, stopped):
         """Behaviour cloning, with the statistics of what the expert saw; returns its last loss."""
         self.actor.normalizer.update(demonstrations.obs[demonstrations.valid])
-        return behaviour_cloning(self.step, self.actor, demonstrations, self.args)
+        return behaviour_cloning(self.unroll, self.actor, demonstrations, self.args, stopped)
 
-    def step(self, obs, z, a_prev):
+    def unroll(self, obs, z, a_prev):
         """The noise-free action [B, A] and a sample of z' [B, Z], both with gradients."""
         mean = self.actor(self.actor.normalizer(obs), z, a_prev)
         a, mean_z = mean.split([self.action_dim, self.z_dim], -1)
@@ -658,49 +669,57 @@ class S2PGGAIL(S2PGPPO):
 
     def update(self, rollout, demonstrations):
         """The discriminator, its rewards, and PPO with them; returns what to log, as tensors."""
-        args, last = self.args, rollout.length - 1
-        valid = ~rollout.first[1 : last + 1]
-        ended = rollout.terminated[:last] & args.absorbing
-        state, action = getattr(rollout, self.seen)[:last], rollout.action[:last].clamp(-1, 1)
+        args, n = self.args, rollout.length - 1
+        valid, ended = ~rollout.first[1 : n + 1], rollout.terminated[:n] & args.absorbing
+        state, action = getattr(rollout, self.seen)[:n], rollout.action[:n].clamp(-1, 1)
         policy_rows = discriminator_rows(state[valid], action[valid], ended[valid])
-        data, taken = demonstrations, demonstrations.valid
-        expert_ended = data.terminated[taken] & args.absorbing
-        expert_rows = discriminator_rows(
-            getattr(data, self.seen)[taken], data.action[taken], expert_ended
-        )
-
-        discriminator, coef = self.discriminator, args.discriminator_entropy
-        due = int(self.rollouts) % args.discriminator_frequency == 0
+        expert_rows = self.expert_rows(demonstrations)
+        if int(self.rollouts) % args.discriminator_frequency == 0:
+            self.train_discriminator(policy_rows, expert_rows)
         self.rollouts += 1
-        for _ in range(args.discriminator_steps if due else 0):
-            index = torch.randint(len(expert_rows), (len(policy_rows),), device=self.device)
-            for rows in (policy_rows, expert_rows[index]):
-                discriminator.normalizer.update(rows[rows[:, -1] == 0, : discriminator.state_dim])
-            loss, _ = discriminator_loss(
-                discriminator, policy_rows, expert_rows[index], coef, args.gamma
-            )
-            descend(self.discriminator_optimizer, loss)
 
         with torch.no_grad():
-            policy_logit, expert_logit = discriminator(policy_rows), discriminator(expert_rows)
-            loss, entropy = discriminator_loss(
-                discriminator, policy_rows, expert_rows, coef, args.gamma
-            )
             absorbing_row = torch.zeros_like(policy_rows[0])
             absorbing_row[-1] = 1
-            absorbing_reward = imitation_reward(discriminator(absorbing_row), args.reward)
-            reward = imitation_reward(policy_logit[: valid.sum()], args.reward)
-            rollout.reward[:last][valid] = reward
+            logit = self.discriminator(torch.cat([policy_rows, absorbing_row[None]]))
+            rewards = imitation_reward(logit, args.reward)
+            reward, absorbing_reward = rewards[: int(valid.sum())], rewards[-1]
+            rollout.reward[:n][valid] = reward
             # the rewards of the absorbing state, for ever, from the step after the last
-            rollout.reward[:last] += ended * absorbing_reward * args.gamma / (1 - args.gamma)
-        metrics = super().update(rollout)
-        losses = dict(
-            discriminator_loss=loss, discriminator_entropy=entropy,
-            accuracy_policy=(policy_logit < 0).float().mean(),
-            accuracy_expert=(expert_logit > 0).float().mean(),
-            imitation_reward=reward.mean(), absorbing_reward=absorbing_reward,
+            rollout.reward[:n] += ended * absorbing_reward * args.gamma / (1 - args.gamma)
+            losses = self.discriminator_metrics(policy_rows, expert_rows)
+        losses |= dict(imitation_reward=reward.mean(), absorbing_reward=absorbing_reward)
+        return super().update(rollout) | {f"losses/{k}": value for k, value in losses.items()}
+
+    def expert_rows(self, data):
+        """What the discriminator sees of the demonstrations."""
+        state, ended = getattr(data, self.seen), data.terminated & self.args.absorbing
+        return discriminator_rows(state[data.valid], data.action[data.valid], ended[data.valid])
+
+    def train_discriminator(self, policy_rows, expert_rows):
+        """Gradient steps on all rows of the policy, and each time as many drawn of the expert's."""
+        policy, expert = (rows[rows[:, -1] == 0] for rows in (policy_rows, expert_rows))
+        for rows in (policy, draw(expert, len(policy))):
+            self.discriminator.normalizer.update(rows[:, : self.discriminator.state_dim])
+        for _ in range(self.args.discriminator_steps):
+            loss, _ = discriminator_loss(
+                self.discriminator, policy_rows, draw(expert_rows, len(policy_rows)),
+                self.args.discriminator_entropy, self.args.gamma,
+            )  # fmt: skip
+            descend(self.discriminator_optimizer, loss)
+
+    def discriminator_metrics(self, policy_rows, expert_rows):
+        """Loss, entropy and accuracy on both sides, on as many rows of each."""
+        expert_rows = draw(expert_rows, len(policy_rows))
+        loss, entropy = discriminator_loss(
+            self.discriminator, policy_rows, expert_rows,
+            self.args.discriminator_entropy, self.args.gamma,
         )  # fmt: skip
-        return metrics | {f"losses/{name}": value for name, value in losses.items()}
+        return dict(
+            discriminator_loss=loss, discriminator_entropy=entropy,
+            accuracy_policy=(self.discriminator(policy_rows) < 0).float().mean(),
+            accuracy_expert=(self.discriminator(expert_rows) > 0).float().mean(),
+        )  # fmt: skip
 
 
 Agent = S2PGGAIL  # what `train` and `replay` work with
@@ -906,7 +925,9 @@ def train(args):
         writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
         writer.add_scalar("charts/expert_return", np.mean(demonstrations.returns), global_step)
         if args.bc_steps > 0 and not args.resume:
-            writer.add_scalar("losses/bc_loss", agent.clone(demonstrations), global_step)
+            writer.add_scalar(
+                "losses/bc_loss", agent.clone(demonstrations, stop_signals), global_step
+            )
             result = log_returns(writer, agent.actor, eval_env, args, global_step)
         while True:
             action, z_next, log_prob, value = agent.act(obs["policy"], obs["critic"], z, a_prev)

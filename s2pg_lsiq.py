@@ -23,6 +23,9 @@ for each of the two Q(s, a, z', a_prev). A terminated episode stays in an absorb
 there r_min / (1 - gamma) stands for r_min, and (1 - gamma) (Q - y)^2 for the square. The task's
 reward is logged, and no part of the algorithm sees it. Compare with s2pg_sac.py by diff.
 
+Unlike the published runs: two critics and their minimum, a_prev as an input of actor and critic,
+all of them learning from the first update on.
+
     python s2pg_lsiq.py --env-id InvertedPendulum-v4 --total-timesteps 20000
     python s2pg_lsiq.py --env-id Hopper-v4 --demonstrations expert.npz --loss iq_like
     python s2pg_lsiq.py --evaluate runs/RUN --eval-episodes 20 --capture-video
@@ -97,7 +100,8 @@ class Args:
     demonstration_episodes: int | None = None
     """episodes to imitate, the first of them; by default all"""
     bc_steps: int = 0
-    """steps of behaviour cloning before everything else, a warm start of the actor"""
+    """steps of behaviour cloning before everything else, evaluated as step 0: a baseline, as the
+    actor follows a critic that knows nothing yet; a resumed run does not clone"""
     bc_batch_size: int = 16
     """sequences in a step of behaviour cloning"""
     bc_sequence_length: int = 16
@@ -502,19 +506,19 @@ class Demonstrations:
         self.returns = [float(episode["rewards"].sum()) for episode in episodes]
 
     @torch.no_grad()
-    def roll(self, step, z_dim):
-        """Set `z` [T + 1, E, Z]: the memory of the policy along what the expert saw and did.
+    def roll(self, unroll, z_dim):
+        """Set `z` [T + 1, E, Z]: the memory of a policy along what the expert saw and did.
 
-        `step(o, z, a_prev)` gives the noise-free action and a sample of z'.
+        `unroll(o, z, a_prev)` gives the noise-free action and a sample of z'.
         """
         z = torch.zeros(self.action.shape[1], z_dim, device=self.action.device)
         self.z = torch.zeros(*self.action.shape[:2], z_dim, device=self.action.device)
         for t in range(len(self.z)):
             self.z[t] = z
-            _, z = step(self.obs[t], z, self.a_prev[t])
+            _, z = unroll(self.obs[t], z, self.a_prev[t])
 
 
-def cloning_loss(step, demonstrations, batch_size, length):
+def cloning_loss(unroll, demonstrations, batch_size, length):
     """E[|a - mu_a|^2] over random sequences of at most `length` rows, which begin at their z.
 
     Backpropagation through time, as the expert has no memory that could be data.
@@ -525,21 +529,26 @@ def cloning_loss(step, demonstrations, batch_size, length):
     z, losses, rows = data.z[start, episode], 0.0, 0
     for k in range(length):
         row = (start + k).clamp(max=len(data.obs) - 1), episode
-        mean, z = step(data.obs[row], z, data.a_prev[row])
+        mean, z = unroll(data.obs[row], z, data.a_prev[row])
         error = (mean - data.action[row]).square().sum(-1)
         losses, rows = losses + (error * data.valid[row]).sum(), rows + data.valid[row].sum()
     return losses / rows
 
 
-def behaviour_cloning(step, actor, demonstrations, args):
-    """`bc_steps` gradient steps of the actor on `cloning_loss`; returns the last loss."""
+def behaviour_cloning(unroll, actor, demonstrations, args, stopped):
+    """`bc_steps` gradient steps of the actor on `cloning_loss`, or until `stopped` is not empty.
+
+    Returns the last loss.
+    """
     optimizer = torch.optim.Adam(actor.parameters(), lr=args.bc_lr)
     for i in tqdm(range(args.bc_steps), desc="cloning", dynamic_ncols=True, leave=False):
-        if i % 100 == 0:
-            demonstrations.roll(step, actor.z_dim)
-        loss = cloning_loss(step, demonstrations, args.bc_batch_size, args.bc_sequence_length)
+        if i % 100 == 0:  # the memory has become another
+            demonstrations.roll(unroll, actor.z_dim)
+        loss = cloning_loss(unroll, demonstrations, args.bc_batch_size, args.bc_sequence_length)
         check_finite({"the loss of behaviour cloning": loss})
         descend(optimizer, loss)
+        if stopped:
+            break
     return loss.detach()
 
 
@@ -576,11 +585,11 @@ class S2PGLSIQ:
         args = self.args
         return TransitionBuffer(args.buffer_size, args.num_envs, *self.row_sizes, self.device)
 
-    def clone(self, demonstrations):
+    def clone(self, demonstrations, stopped):
         """Behaviour cloning; returns its last loss."""
-        return behaviour_cloning(self.step, self.actor, demonstrations, self.args)
+        return behaviour_cloning(self.unroll, self.actor, demonstrations, self.args, stopped)
 
-    def step(self, obs, z, a_prev):
+    def unroll(self, obs, z, a_prev):
         """The noise-free action [B, A] and a sample of z' [B, Z], both with gradients."""
         mean, log_std = self.actor(obs, z, a_prev)
         a, _ = torch.tanh(mean).split([self.action_dim, self.z_dim], -1)
@@ -592,7 +601,7 @@ class S2PGLSIQ:
         data = demonstrations
         # a resumed run goes on with its own random numbers
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            data.roll(self.step, self.z_dim)
+            data.roll(self.unroll, self.z_dim)
         rows = int((data.length + 1).sum())
         buffer = TransitionBuffer(rows + 1, 1, *self.row_sizes, self.device)
         for episode, length in enumerate(data.length.tolist()):
@@ -846,7 +855,9 @@ def train(args):
         writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
         writer.add_scalar("charts/expert_return", np.mean(demonstrations.returns), global_step)
         if args.bc_steps > 0 and not args.resume:
-            writer.add_scalar("losses/bc_loss", agent.clone(demonstrations), global_step)
+            writer.add_scalar(
+                "losses/bc_loss", agent.clone(demonstrations, stop_signals), global_step
+            )
             result = log_returns(writer, agent.actor, eval_env, args, global_step)
         expert = agent.make_expert_buffer(demonstrations)
         while True:

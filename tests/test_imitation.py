@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import types
 
 import gymnasium as gym
 import numpy as np
@@ -17,7 +18,6 @@ import s2pg_lsiq
 from s2pg_gail import (
     Demonstrations,
     Discriminator,
-    cloning_loss,
     discriminator_loss,
     discriminator_rows,
     imitation_reward,
@@ -64,7 +64,7 @@ def hopper_file(path, lengths=(3, 2), env_id="Hopper-v4", **changes):
         )
         | changes
     )
-    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+    np.savez_compressed(path, **{k: v for k, v in arrays.items() if v is not None})
     return arrays
 
 
@@ -107,6 +107,18 @@ def test_actions_are_scaled_from_the_units_of_the_environment():
         np.testing.assert_allclose(found, file["actions"][:1000] / 3, rtol=1e-5)
 
 
+def test_actions_beyond_their_bounds_are_clipped_as_the_environment_does(tmp_path):
+    hopper_file(tmp_path / "expert.npz", actions=np.full((5, 3), [5.0, -5.0, 0.5]))
+    (found, _) = envs.demonstrations.load(str(tmp_path / "expert.npz"), envs.make("Hopper-v4"))
+    assert found["actions"].tolist() == [[1.0, -1.0, 0.5]] * 3
+
+
+def test_flags_may_be_numbers(tmp_path):
+    hopper_file(tmp_path / "expert.npz", terminations=np.array([0.0, 0, 1, 0, 1]))
+    found = envs.demonstrations.load(str(tmp_path / "expert.npz"), envs.make("Hopper-v4"))
+    assert [len(one["actions"]) for one in found] == [3, 2]
+
+
 DAMAGE = {
     "cut off": "is damaged",
     "text": "is damaged",
@@ -122,6 +134,12 @@ DAMAGE = {
     "observations": "T \\+ 1 observations",
     "too few": "holds 2 episodes, and 3 are asked for",
     "pickled": "is damaged",
+    "a folder": "is damaged",
+    "overwritten": "is damaged",
+    "a number": "rewards is no array of numbers of its shape",
+    "flags of two dimensions": "terminations is no array of numbers of its shape",
+    "too large": "rewards holds values that are not finite",
+    "empty": "last episode does not end",
 }
 
 
@@ -142,11 +160,22 @@ def test_unusable_demonstrations_are_answered_in_a_sentence(damage, tmp_path):
         "no end": dict(terminations=np.zeros(5, bool)),
         "observations": dict(observations=np.zeros((6, 11))),
         "pickled": dict(rewards=np.array([None] * 5, dtype=object)),
+        "a number": dict(rewards=np.array(1.0)),
+        "flags of two dimensions": dict(terminations=np.ones((5, 1), bool)),
+        "too large": dict(rewards=np.full(5, 1e39)),
+        "empty": {k: v[:0] for k, v in file.items() if k != "env_id"},
     }
     if damage in changes:
         hopper_file(path, **changes[damage])
     elif damage == "cut off":
         path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "overwritten":
+        data = bytearray(path.read_bytes())
+        data[100:200] = bytes(100)
+        path.write_bytes(data)
+    elif damage == "a folder":
+        path.unlink()
+        path.mkdir()
     elif damage == "text":
         path.write_text("not a file of demonstrations")
     elif damage == "missing":
@@ -236,6 +265,29 @@ def test_demonstrations_of_minari(tmp_path, monkeypatch):
         envs.demonstrations.load("minari:pendulum/test-v0", envs.make("Hopper-v4"))
     with pytest.raises(ValueError, match="minari download"):
         envs.demonstrations.load("minari:pendulum/nothing-v0", env)
+    assert len(envs.demonstrations.load("minari:pendulum/test-v0", env, 1)) == 1
+    with pytest.raises(ValueError, match="holds 2 episodes, and 3 are asked for"):
+        envs.demonstrations.load("minari:pendulum/test-v0", env, 3)
+
+
+@pytest.mark.parametrize("damage", ["short", "empty", "none", "other keys"])
+def test_odd_data_sets_of_minari(damage, monkeypatch):
+    minari = pytest.importorskip("minari")
+    steps = 0 if damage == "empty" else 3
+    states = np.zeros((steps + (damage != "short"), 4))
+    observations = {"image": states} if damage == "other keys" else states
+    flags = np.zeros(steps, bool)
+    found = types.SimpleNamespace(
+        observations=observations, actions=np.zeros((steps, 1)), rewards=np.zeros(steps),
+        terminations=flags, truncations=flags,
+    )  # fmt: skip
+    episodes = [] if damage == "none" else [found]
+    data = types.SimpleNamespace(env_spec=None, iterate_episodes=lambda: iter(episodes))
+    monkeypatch.setattr(minari, "load_dataset", lambda name: data)
+    env = envs.make("InvertedPendulum-v5", hide="velocities")
+    says = {"none": "holds no episodes", "other keys": r"are \['image'\]"}
+    with pytest.raises(ValueError, match=says.get(damage, r"T \+ 1 observations")):
+        envs.demonstrations.load("minari:a/b-v0", env)
 
 
 # Demonstrations side by side ---------------------------------------------------------------------
@@ -311,7 +363,7 @@ def test_cloning_needs_a_memory_where_the_expert_had_one(script, memoryless):
     args = script.Args(memoryless=memoryless, bc_steps=400, bc_lr=3e-3, bc_sequence_length=6)
     agent = script.Agent(args, 1, 1, 1, True, CPU)
     data = script.Demonstrations(episodes, CPU)
-    loss = agent.clone(data).item()
+    loss = agent.clone(data, []).item()
     # without: 0 is the best guess for the two of six actions that neither o nor a_prev give away
     assert loss > 0.15 if memoryless else loss < 0.08
 
@@ -608,19 +660,70 @@ def test_the_expert_buffer_holds_the_demonstrations_with_the_memory_of_the_polic
     assert not expert.reward.any()
 
 
-def test_the_memory_of_both_is_refreshed():
-    agent = lsiq(batch_size=64, learning_starts=5)
-    data = s2pg_lsiq.Demonstrations([episode(30, seed=1)], CPU)
-    expert, buffer = agent.make_expert_buffer(data), agent.make_buffer()
+def test_the_memory_along_the_demonstrations_is_that_of_the_policy():
+    agent = lsiq()
+    data = s2pg_lsiq.Demonstrations([episode(4, seed=1), episode(3, seed=2)], CPU)
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    agent.make_expert_buffer(data)
+    assert torch.equal(torch.get_rng_state(), state)  # a resumed run has its own random numbers
+    z = torch.zeros(2, 4)
+    with torch.no_grad():
+        for t in range(4):
+            assert torch.equal(data.z[t], z)
+            _, z = agent.unroll(data.obs[t], z, data.a_prev[t])
+    assert (data.z[1:].abs().sum(-1) > 0).all()
+
+
+def two_worlds(**options):
+    """An agent, a buffer whose states are all -1 and demonstrations in which they are all 1."""
+    torch.manual_seed(0)
+    agent = lsiq(batch_size=64, learning_starts=5, **options)
+    one = episode(30, seed=1, terminated=False)
+    one["critic_observations"][:], one["observations"][:] = 1, 1
+    expert = agent.make_expert_buffer(s2pg_lsiq.Demonstrations([one], CPU))
+    buffer = agent.make_buffer()
     for t in range(30):
-        row = [torch.randn(1, d) for d in (2, 3, 4)]
+        row = [-torch.ones(1, 2), -torch.ones(1, 3), torch.randn(1, 4)]
         action = torch.zeros(1, 1)
         buffer.add(*row, action, np.zeros(1), np.zeros(1, bool), np.array([t == 0]))
-    before = [part.z.clone() for part in (expert, buffer)]
+    return agent, buffer, expert
+
+
+@pytest.mark.parametrize("loss", ["sqil_like", "iq_like"])
+def test_the_critic_prefers_the_world_of_the_expert(loss):
+    agent, buffer, expert = two_worlds(loss=loss, critic_lr=3e-3)
+    for _ in range(100):
+        metrics = agent.update(buffer, expert)
+    assert metrics["losses/q_expert"] > metrics["losses/q_policy"] + 3
+    with torch.no_grad():
+        worlds = torch.tensor([[1.0], [-1.0]]).expand(-1, 3)
+        zeros = [torch.zeros(2, d) for d in (1, 4, 1)]
+        q = agent.critic(worlds, *zeros).mean(0)
+    assert q[0] > q[1] + 3
+
+
+def test_the_memory_of_both_is_refreshed_with_the_sample_of_the_actor_loss(monkeypatch):
+    agent, buffer, expert = two_worlds()
+    samples, loss = [], s2pg_lsiq.soft_actor_loss
+
+    def spy(actor, critic, batch, *rest):
+        result = loss(actor, critic, batch, *rest)
+        samples.append((batch, result[1]))
+        return result
+
+    monkeypatch.setattr(s2pg_lsiq, "soft_actor_loss", spy)
+    before = [part.z.clone() for part in (buffer, expert)]
     agent.update(buffer, expert)
-    for part, z in zip((expert, buffer), before):
-        changed = (part.z != z).any(1)
-        assert changed.sum() > 10 and not changed[0]  # an episode begins with zeros
+    ((batch, z),) = samples
+    assert (batch.state[:64] == -1).all() and (batch.state[64:] == 1).all()
+    for part, old, half in zip((buffer, expert), before, (slice(0, 64), slice(64, 128))):
+        rows = batch.next_index[half]
+        for i, row in enumerate(rows.tolist()):
+            drawn = z[half][rows == row]  # of several samples, one
+            assert (part.z[row] == drawn).all(1).any(), i
+        untouched = sorted(set(range(len(old))) - set(rows.tolist()))
+        assert torch.equal(part.z[untouched], old[untouched])
 
 
 # What the task pays ------------------------------------------------------------------------------
@@ -670,8 +773,3 @@ def flat(state):
     items = state.items() if isinstance(state, dict) else enumerate(state)
     nested = {k: v for k, v in items if isinstance(v, dict | list | tuple) or torch.is_tensor(v)}
     return {f"{k}/{path}": t for k, v in nested.items() for path, t in flat(v).items()}
-
-
-def test_cloning_is_the_same_in_both_scripts():
-    """Text that is shared is tested once; this says that it is."""
-    assert s2pg_lsiq.cloning_loss.__code__.co_code == cloning_loss.__code__.co_code

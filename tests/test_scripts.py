@@ -444,6 +444,32 @@ def test_updates_are_counted_per_environment_step(script, tmp_path, monkeypatch)
     assert len(updates) == (60 - 3) * 0.5 // 1
 
 
+@each(*IMITATION)
+def test_a_resumed_run_does_not_clone_again(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script.train(quick_args(script, bc_steps=2))
+    run_dir = only_run(tmp_path)
+    assert scalars(run_dir, "losses/bc_loss")[0] == [0]
+    assert scalars(run_dir, "eval/return_stochastic")[0] == [0, 60]
+    monkeypatch.delattr(script.Agent, "clone")
+    script.train(quick_args(script, bc_steps=2, resume=str(run_dir), total_timesteps=65))
+    assert load(run_dir)["global_step"] == 65
+
+
+@each(*IMITATION)
+def test_a_signal_ends_the_cloning(script, tmp_path):
+    options = *quick_options(script), "--bc-steps", 10**6, "--total-timesteps", 10**6
+    process = start(script, *options, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/events*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "go on with --resume" in out
+    assert load(only_run(tmp_path))["global_step"] <= 1
+
+
 @each(*OFF_POLICY, *ON_POLICY)
 def test_a_seed_decides_the_run_and_evaluation_does_not_disturb_it(script, tmp_path, monkeypatch):
     weights = []

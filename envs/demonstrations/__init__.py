@@ -7,7 +7,7 @@ each, `actions` (in the environment's units), `rewards`, `terminations` and `tru
 """
 
 import importlib.util
-import zipfile
+import itertools
 from pathlib import Path
 
 import gymnasium as gym
@@ -16,14 +16,18 @@ import numpy as np
 __all__ = ["load"]
 
 FOLDER = Path(__file__).parent
-STEPS = ("actions", "rewards", "terminations", "truncations")
+DIMENSIONS = dict(
+    observations=2, critic_observations=2, actions=2, rewards=1, terminations=1, truncations=1
+)
+FLAGS = ("terminations", "truncations")
 
 
 def load(source: str | None, env: gym.Env, episodes: int | None = None) -> list[dict]:
     """Episodes of an expert, as the policy and the critic of `env` would have seen them.
 
     What the policy sees is taken from the expert's state wherever `env` hides a part of it. So an
-    expert that saw velocities can be imitated by a policy that does not.
+    expert that saw velocities can be imitated by a policy that does not. A file without the whole
+    state is taken as it is: that it hides what `env` hides is for you to know.
 
     Args:
         source: An .npz file; `minari:NAME` for a data set that Minari has on this machine; None for
@@ -42,7 +46,7 @@ def load(source: str | None, env: gym.Env, episodes: int | None = None) -> list[
     """
     env_id = env.unwrapped.spec.id
     if source is not None and source.startswith("minari:"):
-        made_in, found = _from_minari(source.removeprefix("minari:"))
+        made_in, found = _from_minari(source.removeprefix("minari:"), episodes)
     else:
         path = FOLDER / f"{env_id}.npz" if source is None else Path(source)
         if source is None and not path.exists():
@@ -55,6 +59,8 @@ def load(source: str | None, env: gym.Env, episodes: int | None = None) -> list[
         made_in, found = _from_file(path)
     if made_in is not None and made_in.split(":")[-1] != env_id:
         raise ValueError(f"{source} holds demonstrations of {made_in}, not of {env_id}")
+    if not found:
+        raise ValueError(f"{source} holds no episodes")
     if episodes is not None and len(found) < episodes:
         raise ValueError(f"{source} holds {len(found)} episodes, and {episodes} are asked for")
     return [_fit(episode, env, source) for episode in found[:episodes]]
@@ -67,31 +73,28 @@ def _from_file(path):
             arrays = dict(file)
     except FileNotFoundError:
         raise ValueError(f"there are no demonstrations at {path}") from None
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy, zipfile and zlib raise what they like
         raise ValueError(f"{path} is damaged, or no .npz file") from error
-    missing = {"observations", "critic_observations", "env_id", *STEPS} - arrays.keys()
+    missing = {"env_id", *DIMENSIONS} - arrays.keys()
     if missing:
         raise ValueError(f"{path} is no file of demonstrations: it lacks {sorted(missing)}")
-    made_in = str(arrays["env_id"])
-    steps = {name: arrays[name] for name in STEPS}
-    both = {name: arrays[name] for name in ("observations", "critic_observations")}
-    rows = len(steps["rewards"])
-    if any(len(array) != rows for array in steps.values()):
-        raise ValueError(f"{path} is damaged: its arrays are not of one length")
-    ends = np.flatnonzero(steps["terminations"] | steps["truncations"]) + 1
-    if not rows or ends.size == 0 or ends[-1] != rows:
+    columns = _columns(arrays, path)
+    ends = np.flatnonzero(columns["terminations"] | columns["truncations"]) + 1
+    steps = len(columns["actions"])
+    if steps == 0 or ends.size == 0 or ends[-1] != steps:
         raise ValueError(f"{path} is damaged: its last episode does not end")
-    if any(len(array) != rows + len(ends) for array in both.values()):
+    if len(columns["observations"]) != steps + len(ends):
         raise ValueError(f"{path} is damaged: an episode of T steps has T + 1 observations")
-    steps = {name: np.split(array, ends[:-1]) for name, array in steps.items()}
-    starts = ends[:-1] + np.arange(1, len(ends))
-    both = {name: np.split(array, starts) for name, array in both.items()}
-    columns = steps | both
-    return made_in, [dict(zip(columns, parts)) for parts in zip(*columns.values())]
+    starts = dict.fromkeys(DIMENSIONS, ends[:-1])
+    starts |= dict.fromkeys(
+        ("observations", "critic_observations"), ends[:-1] + np.arange(1, len(ends))
+    )
+    parts = [np.split(column, starts[name]) for name, column in columns.items()]
+    return str(arrays["env_id"]), [dict(zip(columns, episode)) for episode in zip(*parts)]
 
 
-def _from_minari(name):
-    """The id of the environment, where it is known, and the episodes of a Minari data set."""
+def _from_minari(name, episodes):
+    """The id of the environment, where it is known, and the first `episodes` of a data set."""
     if importlib.util.find_spec("minari") is None:
         raise ValueError('demonstrations of Minari need it: pip install "minari[hdf5]"')
     import minari
@@ -99,69 +102,80 @@ def _from_minari(name):
     try:
         data = minari.load_dataset(name)
         made_in = data.env_spec.id if data.env_spec is not None else None
-        episodes = list(data.iterate_episodes())
+        found = list(itertools.islice(data.iterate_episodes(), episodes))
     except Exception as error:  # Minari and its storage raise what they like
         raise ValueError(
             f"Minari cannot load {name!r} ({error}): minari list local shows what is here, "
             "minari download NAME gets more"
         ) from error
-    found = []
-    for episode in episodes:
-        both = episode.observations
-        if not isinstance(both, dict):
-            both = {"policy": both, "critic": both}
-        if not {"policy", "critic"} <= both.keys():
-            raise ValueError(
-                f"the observations of {name} are {sorted(both)}: they must be an array, or have "
-                '"policy" and "critic"'
-            )
-        columns = {name: np.asarray(getattr(episode, name)) for name in STEPS}
-        # an episode that was cut off is one that ran out of time
-        columns["truncations"] = columns["truncations"].copy()
-        columns["truncations"][-1] |= not columns["terminations"][-1]
-        columns["observations"] = np.asarray(both["policy"])
-        columns["critic_observations"] = np.asarray(both["critic"])
-        found.append(columns)
-    return made_in, found
+    return made_in, [_minari_columns(episode, name) for episode in found]
+
+
+def _minari_columns(episode, source):
+    """The columns of an episode of Minari; one that was cut off counts as out of time."""
+    both = episode.observations
+    if not isinstance(both, dict):
+        both = {"policy": both, "critic": both}
+    if not {"policy", "critic"} <= both.keys():
+        raise ValueError(
+            f"the observations of {source} are {sorted(both)}: they must be an array, or have "
+            '"policy" and "critic"'
+        )
+    columns = dict(observations=both["policy"], critic_observations=both["critic"])
+    columns |= {name: getattr(episode, name) for name in DIMENSIONS.keys() - columns.keys()}
+    columns = _columns(columns, source)
+    columns["truncations"][-1:] |= ~columns["terminations"][-1:]
+    return columns
+
+
+def _columns(arrays, source):
+    """The arrays in `DIMENSIONS`, float32 and bool, finite, and as long as they should be."""
+    columns = {}
+    for name, dimensions in DIMENSIONS.items():
+        array = np.array(arrays[name]) if np.shape(arrays[name]) else np.zeros(())
+        if array.ndim != dimensions or array.dtype.kind not in "biuf":
+            raise ValueError(f"{source} is damaged: {name} is no array of numbers of its shape")
+        with np.errstate(over="ignore"):
+            columns[name] = array.astype(bool if name in FLAGS else np.float32)
+        if not np.isfinite(columns[name]).all():
+            raise ValueError(f"{source} is damaged: {name} holds values that are not finite")
+    of_steps = {len(columns[name]) for name in ("actions", "rewards", *FLAGS)}
+    of_rows = {len(columns[name]) for name in ("observations", "critic_observations")}
+    if len(of_steps) > 1 or len(of_rows) > 1:
+        raise ValueError(f"{source} is damaged: its arrays are not of one length")
+    return columns
 
 
 def _fit(episode, env, source):
     """The episode as the policy and the critic of `env` would have seen it."""
-    sizes = {name: env.observation_space[name].shape[0] for name in ("policy", "critic")}
+    policy, critic = episode["observations"], episode["critic_observations"]
     space, actions = env.unwrapped.action_space, episode["actions"]
-    for name in ("observations", "critic_observations", "actions", "rewards"):
-        array = episode[name]
-        if array.ndim != 1 + (name != "rewards") or array.dtype.kind not in "fiu":
-            raise ValueError(f"{source} is damaged: {name} is no array of numbers of its shape")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{source} is damaged: {name} holds values that are not finite")
+    if len(actions) == 0 or len(policy) != len(actions) + 1:
+        raise ValueError(f"{source} is damaged: an episode of T steps has T + 1 observations")
     if actions.shape[1:] != space.shape:
         raise ValueError(
             f"{source} has actions of {actions.shape[1]} values, and the environment's have "
             f"{space.shape[0]}"
         )
-
-    policy, critic = episode["observations"], episode["critic_observations"]
     visible = _visible(env)
+    seen = dict(policy=policy, critic=critic)
     if visible is not None and critic.shape[1] == visible.size:
-        policy = critic[:, visible]
+        seen["policy"] = critic[:, visible]
     if not env.get_wrapper_attr("critic_sees_more"):
-        critic = policy
-    for name, seen in (("policy", policy), ("critic", critic)):
-        if seen.shape[1] != sizes[name]:
+        seen["critic"] = seen["policy"]
+    for name, values in seen.items():
+        size = env.observation_space[name].shape[0]
+        if values.shape[1] != size:
             raise ValueError(
-                f"{source} has observations of {episode['observations'].shape[1]} and states of "
-                f"{episode['critic_observations'].shape[1]} values, from which what the {name} "
-                f"sees, {sizes[name]} values, cannot be had"
+                f"{source} has observations of {policy.shape[1]} and states of {critic.shape[1]} "
+                f"values, from which what the {name} sees, {size} values, cannot be had"
             )
-    return dict(
-        observations=policy.astype(np.float32),
-        critic_observations=critic.astype(np.float32),
-        actions=(2 * (actions - space.low) / (space.high - space.low) - 1).astype(np.float32),
-        rewards=episode["rewards"].astype(np.float32),
-        terminations=episode["terminations"].astype(bool),
-        truncations=episode["truncations"].astype(bool),
-    )
+    # the environment clips what lies outside, and so does the policy
+    scaled = 2 * (actions - space.low) / (space.high - space.low) - 1
+    return episode | dict(
+        observations=seen["policy"], critic_observations=seen["critic"],
+        actions=scaled.clip(-1, 1).astype(np.float32),
+    )  # fmt: skip
 
 
 def _visible(env):

@@ -13,6 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 SAC = "s2pg_sac.py", "--total-timesteps", "15000", "--eval-frequency", "2500"
 PPO = "s2pg_ppo.py", "--total-timesteps", "50000", "--eval-frequency", "10000"
+LSIQ = (
+    "s2pg_lsiq.py", "--total-timesteps", "10000", "--eval-frequency", "2500", "--batch-size", "128"
+)  # fmt: skip
+GAIL = "s2pg_gail.py", "--total-timesteps", "50000", "--eval-frequency", "10000"
 
 
 def best_stochastic_return(cwd, script, *options):
@@ -41,3 +45,15 @@ def test_s2pg_ppo_balances_a_pole_whose_velocity_it_cannot_see(tmp_path):
 
 def test_without_a_memory_ppo_cannot(tmp_path):
     assert best_stochastic_return(tmp_path, *PPO, "--memoryless") < 100
+
+
+def test_s2pg_lsiq_imitates_an_expert_that_saw_more(tmp_path):
+    assert best_stochastic_return(tmp_path, *LSIQ) > 150
+
+
+def test_without_a_memory_lsiq_cannot(tmp_path):
+    assert best_stochastic_return(tmp_path, *LSIQ, "--memoryless") < 100
+
+
+def test_s2pg_gail_imitates_an_expert_that_saw_more(tmp_path):
+    assert best_stochastic_return(tmp_path, *GAIL) > 150

@@ -20,10 +20,10 @@ seen all of s, the policy sees o and remembers; D never sees its memory z.
 -log(1 - D) is never negative, so ending an episode would be a loss whatever the expert does.
 Therefore the end of an episode is a state as well, which the policy never leaves, and D judges it,
 too (Kostrikov et al., "Discriminator-Actor-Critic", 2019), with the weight of the 1 / (1 - gamma)
-steps for which it stands. The task's reward is logged, and no part of the algorithm sees it. Compare
-with s2pg_ppo.py by diff.
+steps for which it stands. The task's reward is logged, and no part of the algorithm sees it.
+Compare with s2pg_ppo.py by diff.
 
-Unlike the published runs, D learns after each rollout, and three steps at a time.
+Unlike in the published runs, D learns after each rollout, and three steps at a time.
 
     python s2pg_gail.py --env-id InvertedPendulum-v4 --total-timesteps 200000
     python s2pg_gail.py --env-id Hopper-v4 --demonstrations expert.npz --bc-steps 2000

@@ -14,17 +14,17 @@ r_min = -1/c where the policy is. The expert may have seen all of s, the policy 
 remembers; its memory along the demonstrations is rolled once, then refreshed like the buffer's.
 
     bootstrap  y = gamma (1 - d) clip(V', Q_min, Q_max), with Q_max = 1/(c (1 - gamma)) = -Q_min
-               V' = min_i Q'_i(s', a'', z'', a) - alpha log pi_a(a'' | o', z', a)
+               V' = min_i Q'_i(s', a'', z'') - alpha log pi_a(a'' | o', z', a)
     sqil_like  L(Q) = E_expert[(Q - Q_max)^2] + E_policy[(Q - (r_min + y))^2]
     iq_like    L(Q) = E_policy[Q - y] - E_expert[Q - y] + c E[(Q - y)^2], the last over both
     actor      as in s2pg_sac.py, on states of the policy and of the expert
 
-for each of the two Q(s, a, z', a_prev). A terminated episode stays in an absorbing state for ever:
+for each of the two Q(s, a, z'). A terminated episode stays in an absorbing state for ever:
 there r_min / (1 - gamma) stands for r_min, and (1 - gamma) (Q - y)^2 for the square. The task's
 reward is logged, and no part of the algorithm sees it. Compare with s2pg_sac.py by diff.
 
-Unlike the published runs: two critics and their minimum, a_prev as an input of actor and critic,
-all of them learning from the first update on.
+Unlike in the published runs, there are two critics and their minimum, the actor has a_prev as an
+input, and it learns from the first update on.
 
     python s2pg_lsiq.py --env-id InvertedPendulum-v4 --total-timesteps 20000
     python s2pg_lsiq.py --env-id Hopper-v4 --demonstrations expert.npz --loss iq_like
@@ -128,7 +128,7 @@ class Args:
     state_dim: int = 32
     """size of the recurrent cell (the internal state of an LSTM, h and c, is twice as large)"""
     memoryless: bool = False
-    """drop the internal state: LSIQ with a policy of what it sees alone (Q still gets a_prev)"""
+    """drop the internal state: LSIQ with a policy of what it sees alone"""
     critic_sees_z: bool = False
     """give z to a privileged critic too, as published"""
     refresh: bool = True
@@ -146,13 +146,13 @@ class Args:
     """transitions collected, by uniformly random actions, before the first update"""
     utd: float = 1.0
     """updates per environment step"""
-    actor_lr: float = 3e-4
+    actor_lr: float = 1e-4
     """learning rate of the actor"""
-    critic_lr: float = 3e-4
+    critic_lr: float = 1e-3
     """learning rate of the critic"""
     alpha: float = 1.0
     """temperature of the action at the start"""
-    alpha_lr: float = 1e-3
+    alpha_lr: float = 3e-4
     """learning rate of log alpha (its target entropy is -|A|); 0 keeps alpha as it is"""
     alpha_z: float = 0.01
     """temperature of the internal state at the start"""
@@ -299,6 +299,17 @@ class TwinCritic(nn.Module):
 
     def forward(self, *inputs):
         return self.net(torch.cat(inputs, -1).expand(2, -1, -1)).squeeze(-1)
+
+
+class ImitationCritic(TwinCritic):
+    """Q_1 and Q_2 [2, B] of (s, a, z'), without a_prev.
+
+    What comes after is the same with any a_prev, and it would tell the expert from a policy that
+    does the same.
+    """
+
+    def forward(self, state, action, z, a_prev):
+        return super().forward(state, action, z)
 
 
 class RowBuffer:
@@ -562,9 +573,9 @@ class S2PGLSIQ:
         state_dim = 0 if args.memoryless else args.state_dim
         actor = StochasticStatefulActor(obs_dim, action_dim, state_dim, args.rnn, args.kernel)
         self.actor, self.z_dim = actor.to(device), actor.z_dim
-        inputs = critic_dim + self.z_dim * self.critic_sees_z + action_dim + self.z_dim + action_dim
-        self.critic = TwinCritic(inputs).to(device)
-        self.target_critic = TwinCritic(inputs).to(device).requires_grad_(False)
+        inputs = critic_dim + self.z_dim * self.critic_sees_z + action_dim + self.z_dim
+        self.critic = ImitationCritic(inputs).to(device)
+        self.target_critic = ImitationCritic(inputs).to(device).requires_grad_(False)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.log_alpha = torch.tensor(math.log(args.alpha), device=device, requires_grad=True)
         self.log_alpha_z = torch.tensor(math.log(args.alpha_z), device=device, requires_grad=True)

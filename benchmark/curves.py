@@ -5,8 +5,10 @@
 
 A row of the CSV is one evaluation: environment, label (--exp-name of the run), script, options
 that were not at their defaults, seed, step, wall seconds since the first entry, mean return of the
-deterministic and of the stochastic policy, versions. The picture has a panel for each environment:
-the mean over seeds as a line, all seeds as a band. Collect where the runs were made: the versions
+deterministic and of the stochastic policy, versions. What is evaluated at step 0 alone is a level
+to compare with: the demonstrations of imitation runs (label "expert") and, with --step-0 LABEL,
+what cloning is worth. The picture has a panel for each environment: the mean over seeds as a line,
+all seeds as a band. Collect where the runs were made: the versions
 are those of the machine that collects.
 """
 
@@ -37,12 +39,12 @@ COLUMNS = [
 SCRIPTS = [s2pg_sac, s2pg_td3, s2pg_ppo, bptt_sac, bptt_ppo, s2pg_gail, s2pg_lsiq]
 
 
-def collect(runs, out):
-    """Write one CSV of all evaluations of `runs` (folders)."""
+def collect(runs, out, only_step_0):
+    """Write one CSV of all evaluations of `runs`, of some labels those at step 0 only."""
     versions = " ".join(
         f"{name}={importlib.metadata.version(name)}" for name in ("torch", "gymnasium", "mujoco")
     )
-    rows = []
+    rows, experts = [], {}
     for run in map(Path, runs):
         args = json.loads((run / "args.json").read_text())
         events = EventAccumulator(str(run))
@@ -54,12 +56,19 @@ def collect(runs, out):
         evaluations = zip(
             events.Scalars("eval/return_deterministic"), events.Scalars("eval/return_stochastic")
         )
+        if "charts/expert_return" in events.Tags()["scalars"]:
+            value = round(events.Scalars("charts/expert_return")[0].value, 3)
+            row = [args["env_id"], "expert", "demonstrations", "{}", 0, 0, 0, value, value]
+            experts[args["env_id"]] = [*row, versions]
         for deterministic, stochastic in evaluations:
+            if args["exp_name"] in only_step_0 and deterministic.step > 0:
+                continue
             rows.append([
                 args["env_id"], args["exp_name"], script.__name__, json.dumps(options),
                 args["seed"], deterministic.step, round(deterministic.wall_time - start, 1),
                 round(deterministic.value, 3), round(stochastic.value, 3), versions,
             ])  # fmt: skip
+    rows += experts.values()
     with open(out, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -99,7 +108,10 @@ def plot(path, column):
             mean, color = returns.mean(0), colors[label]
             panel.fill_between(steps, returns.min(0), returns.max(0), color=color, alpha=0.15, lw=0)
             seeds = "1 seed" if len(returns) == 1 else f"{len(returns)} seeds"
-            panel.plot(steps, mean, color=color, lw=2, label=f"{label} ({seeds})")
+            if steps[-1] == 0:
+                panel.axhline(mean[0], color=color, lw=1.5, ls="--", label=label)
+            else:
+                panel.plot(steps, mean, color=color, lw=2, label=f"{label} ({seeds})")
             print(
                 f"{env_id:24s} {label:24s} at {steps[-1]}: "
                 f"{', '.join(f'{value:.1f}' for value in returns[:, -1])}; "
@@ -124,13 +136,14 @@ def main():
     collecting = commands.add_parser("collect", help="event files to a CSV")
     collecting.add_argument("runs", nargs="+")
     collecting.add_argument("--out", required=True)
+    collecting.add_argument("--step-0", nargs="*", default=[], help="labels, of step 0 only")
     plotting = commands.add_parser("plot", help="a CSV to a picture and a table")
     plotting.add_argument("csv")
     columns = ["return_stochastic", "return_deterministic"]
     plotting.add_argument("--column", default=columns[0], choices=columns)
     args = parser.parse_args()
     if args.command == "collect":
-        collect(args.runs, args.out)
+        collect(args.runs, args.out, args.step_0)
     else:
         plot(args.csv, args.column)
 

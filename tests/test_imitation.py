@@ -513,6 +513,50 @@ def test_the_discriminator_learns_to_tell_expert_from_policy():
     assert metrics["losses/absorbing_reward"] < math.log(2)
 
 
+def test_cloning_begins_with_the_statistics_of_what_the_expert_saw():
+    agent, data, _ = gail(bc_steps=1)
+    agent.clone(data, [])
+    seen = np.concatenate(
+        [one["observations"][:-1] for one in (episode(10, seed=1), episode(7, seed=2))]
+    )
+    np.testing.assert_allclose(agent.actor.normalizer.mean, seen.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(agent.actor.normalizer.var, seen.var(0), rtol=1e-4)
+
+
+def test_the_discriminator_is_shown_the_rows_of_the_expert():
+    agent, data, _ = gail()
+    rows = agent.expert_rows(data)
+    expected = [[], []]
+    for e, one in enumerate((episode(10, seed=1), episode(7, seed=2))):
+        for s, a in zip(one["critic_observations"], one["actions"]):
+            expected[e].append([*s, *a, 0])
+    torch.testing.assert_close(  # time by time, and the one that terminated at the end
+        rows.sort(0).values,
+        torch.tensor([*expected[0], *expected[1], [0, 0, 0, 0, 1]]).sort(0).values,
+    )
+    agent, data, _ = gail(absorbing=False)
+    assert len(agent.expert_rows(data)) == 17
+
+
+def test_states_are_normalised_by_expert_and_policy_alike():
+    agent, data, rollout = gail(discriminator_steps=2)
+    data.critic_obs += 8
+    agent.update(rollout, data)
+    normalizer = agent.discriminator.normalizer
+    transitions = (~rollout.first[1:]).sum()
+    assert normalizer.count == 2 * transitions
+    assert (normalizer.mean - 4).abs().max() < 1.5
+
+
+def test_the_memory_that_is_unrolled_has_the_noise_of_the_policy():
+    torch.manual_seed(0)
+    agent = s2pg_gail.Agent(s2pg_gail.Args(std=0.7, std_z=0.2), 2, 3, 1, True, CPU)
+    o, z, a_prev = (torch.randn(1, d).expand(5000, -1) for d in (2, 32, 1))
+    a, z_next = agent.unroll(o, z, a_prev)
+    assert a.std(0).max() < 1e-6
+    torch.testing.assert_close(z_next.std(0), torch.full((32,), 0.2), rtol=0.1, atol=0.0)
+
+
 def test_the_discriminator_learns_every_so_many_rollouts():
     agent, data, rollout = gail(discriminator_frequency=3)
     changed = []

@@ -548,6 +548,16 @@ def test_states_are_normalised_by_expert_and_policy_alike():
     assert (normalizer.mean - 4).abs().max() < 1.5
 
 
+def test_what_is_unrolled_are_the_actions_of_the_noise_free_policy():
+    agent, (o, z, a_prev) = lsiq(), (torch.randn(5, 2), torch.zeros(5, 4), torch.zeros(5, 1))
+    a, z_next = agent.unroll(o, z, a_prev)
+    mean, noise_free = agent.actor.act(o, z, a_prev, deterministic=True)
+    assert torch.equal(a, mean) and not torch.isclose(z_next, noise_free).any()
+    agent, *_ = gail()
+    a, _ = agent.unroll(o, z, a_prev)
+    torch.testing.assert_close(a.clamp(-1, 1), agent.actor.act(o, z, a_prev, True)[0])
+
+
 def test_the_memory_that_is_unrolled_has_the_noise_of_the_policy():
     torch.manual_seed(0)
     agent = s2pg_gail.Agent(s2pg_gail.Args(std=0.7, std_z=0.2), 2, 3, 1, True, CPU)

@@ -51,9 +51,5 @@ def test_s2pg_lsiq_imitates_an_expert_that_saw_more(tmp_path):
     assert best_stochastic_return(tmp_path, *LSIQ) > 150
 
 
-def test_without_a_memory_lsiq_cannot(tmp_path):
-    assert best_stochastic_return(tmp_path, *LSIQ, "--memoryless") < 100
-
-
 def test_s2pg_gail_imitates_an_expert_that_saw_more(tmp_path):
     assert best_stochastic_return(tmp_path, *GAIL) > 150

@@ -16,7 +16,7 @@ PPO = "s2pg_ppo.py", "--total-timesteps", "50000", "--eval-frequency", "10000"
 LSIQ = (
     "s2pg_lsiq.py", "--total-timesteps", "10000", "--eval-frequency", "2500", "--batch-size", "128"
 )  # fmt: skip
-GAIL = "s2pg_gail.py", "--total-timesteps", "50000", "--eval-frequency", "10000"
+GAIL = "s2pg_gail.py", "--total-timesteps", "100000", "--eval-frequency", "20000"
 
 
 def best_stochastic_return(cwd, script, *options):

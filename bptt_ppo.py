@@ -579,6 +579,17 @@ def evaluate(actor, env, episodes, deterministic, seed):
     ]
 
 
+def log_returns(writer, actor, env, args, step):
+    """Evaluate the actor, log its mean returns, and return them by mode."""
+    result = {}
+    for mode in ("deterministic", "stochastic"):
+        deterministic, seed = mode == "deterministic", args.seed + EVAL_SEED + step
+        episodes = evaluate(actor, env, args.eval_episodes, deterministic, seed)
+        result[mode] = np.mean([episode["rewards"].sum() for episode in episodes])
+        writer.add_scalar(f"eval/return_{mode}", result[mode], step)
+    return result
+
+
 def check_finite(tensors):
     """FloatingPointError that names the first of `tensors` (a dict) with a NaN or an infinity."""
     for name, value in tensors.items():
@@ -638,10 +649,10 @@ def train(args):
     eval_env = make_env(args, min(args.eval_episodes, 8))
     agent = Agent(args, *dimensions(env), device)
     rollout = agent.make_rollout()
-    global_step = 0
+    global_step, seconds = 0, 0.0
     if args.resume:
         state = load_checkpoint(run_dir, agent)
-        global_step = state["global_step"]
+        global_step, seconds = state["global_step"], state["seconds"]
         if global_step >= args.total_timesteps:
             raise ValueError(f"{run_dir} has done {global_step} steps; raise --total-timesteps")
         torch.set_rng_state(state["rng"])
@@ -668,7 +679,8 @@ def train(args):
     stop_signals = []
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    start_step, rollout_step, start_time = global_step, global_step, time.time()
+    # as if the run had never stopped: `seconds` are those of training, without evaluations
+    start_time, rollout_step = time.time() - seconds, global_step
     returns, metrics, result = collections.deque(maxlen=10), {}, {}
     obs, _ = env.reset(seed=args.seed + global_step)  # a resumed run goes on with new episodes
     z = torch.zeros(args.num_envs, agent.z_dim, device=device)
@@ -718,19 +730,17 @@ def train(args):
                 for name, value in metrics.items():
                     writer.add_scalar(name, value, global_step)
                 writer.add_scalar("charts/learning_rate", lr, global_step)
-                sps = (global_step - start_step) / (time.time() - start_time)
+                sps = global_step / (time.time() - start_time)
                 writer.add_scalar("charts/SPS", sps, global_step)
             if finished or passed(args.eval_frequency, last_step, global_step):
-                for mode in ("deterministic", "stochastic"):
-                    episodes = evaluate(
-                        agent.actor, eval_env, args.eval_episodes, mode == "deterministic",
-                        seed=args.seed + EVAL_SEED + global_step,
-                    )  # fmt: skip
-                    result[mode] = np.mean([episode["rewards"].sum() for episode in episodes])
-                    writer.add_scalar(f"eval/return_{mode}", result[mode], global_step)
+                seconds = time.time() - start_time
+                writer.add_scalar("charts/seconds", seconds, global_step)
+                result = log_returns(writer, agent.actor, eval_env, args, global_step)
+                start_time = time.time() - seconds
             save = finished or passed(args.checkpoint_frequency, last_step, global_step)
             if save or stopped:
-                state = dict(global_step=global_step, rng=torch.get_rng_state())
+                seconds = time.time() - start_time
+                state = dict(global_step=global_step, seconds=seconds, rng=torch.get_rng_state())
                 if device.type == "cuda":
                     state["cuda_rng"] = torch.cuda.get_rng_state(device)
                 check_finite(metrics)

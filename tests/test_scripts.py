@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,8 @@ def test_train_resume_evaluate_record_from_the_command_line(script, tmp_path):
     assert only_run(tmp_path) == run_dir and load(run_dir)["global_step"] == 120
     steps, _ = scalars(run_dir, "charts/episodic_return")
     assert steps == list(range(5, 121, 5))
+    steps, seconds = scalars(run_dir, "charts/seconds")
+    assert steps == [60, 120] and 0 < seconds[0] < seconds[1] < load(run_dir)["seconds"]
     for name in [*LOGGED[script], "charts/SPS"]:
         steps, _ = scalars(run_dir, name)
         # off-policy scripts log each 100 steps; three rollouts of 18 rows hold 15 steps each
@@ -198,6 +201,36 @@ def test_train_resume_evaluate_record_from_the_command_line(script, tmp_path):
         made_by = json.loads(str(demo["made_by"]))
         np.testing.assert_allclose(made_by["returns"], demo["rewards"].reshape(3, 5).sum(1))
         assert made_by["seed"] == 1 and made_by["exp_name"] == script.__name__
+
+
+@each(*OFF_POLICY, *ON_POLICY)
+def test_seconds_are_those_of_training_alone_and_go_on_in_a_resumed_run(
+    script, tmp_path, monkeypatch
+):
+    evaluations = []
+
+    def evaluate_for_a_week(*args):
+        evaluations.append(args)
+        return dict(deterministic=0.0)
+
+    def clock():
+        return time.time() + 604_800 * len(evaluations)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "log_returns", evaluate_for_a_week)
+    monkeypatch.setattr(script, "time", types.SimpleNamespace(time=clock))
+    args = quick_args(script, total_timesteps=40, eval_frequency=20)
+    script.train(args)
+    run_dir = only_run(tmp_path)
+    assert len(evaluations) == 2 and 0 < load(run_dir)["seconds"] < 600
+
+    state = load(run_dir) | dict(seconds=7200.0)
+    torch.save(state, run_dir / "checkpoint.pt")
+    args.resume, args.total_timesteps = str(run_dir), 60
+    script.train(args)
+    assert len(evaluations) == 3 and 7200 < load(run_dir)["seconds"] < 7800
+    steps, speeds = scalars(run_dir, "charts/SPS")
+    assert all(step / 7800 < sps < step / 7200 for step, sps in zip(steps, speeds) if step > 40)
 
 
 def kill(script, signum, cwd):

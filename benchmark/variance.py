@@ -331,6 +331,15 @@ def draw_noise_to_signal(panel, rows, args):
     panel.legend(frameon=False, fontsize=8)
 
 
+def redraw(out):
+    """The picture of an earlier run with the default options, from its CSV."""
+    with open(f"{out}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {k: float(v) for k, v in row.items() if k != "estimator"} | dict(T=int(row["T"]))
+    draw(rows, Args(), f"{out}.png")
+
+
 def main(args: Args):
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     print_bias(args)

@@ -1,0 +1,255 @@
+"""The claims that are to be settled, one entry each: what `sweep.py` runs, `collect.py` gathers and
+`plot.py` draws.
+"""
+
+from typing import NamedTuple
+
+
+class Claim(NamedTuple):
+    """Every method on every task with every seed."""
+
+    question: str
+    methods: dict[str, str]  # {label: script and options, which come after those of the task}
+    tasks: list[str]  # options, among them --env-id
+    seeds: int = 5  # 1, 2, ...
+    threshold: dict[str, float] = {}  # {env_id: return}, to be reached soon  # noqa: RUF012
+    column: str = "return_stochastic"  # of the CSV, to be drawn
+    clock: bool = True  # draw the return against time, too: the runs had a core each
+    cloning: tuple[str, ...] = ()  # methods of which step 0 counts alone
+
+
+MEDIUM = "--matmul-precision medium"
+PENDULUM = f"--env-id InvertedPendulum-v4 --eval-episodes 10 {MEDIUM}"
+HOPPER = f"--env-id Hopper-v4 --eval-episodes 10 {MEDIUM}"
+CUE = f"--eval-episodes 10 {MEDIUM} --env-id"
+LONG = f"--total-timesteps 200000 --eval-frequency 10000 --eval-episodes 10 {MEDIUM} --env-id"
+PENDULUM_PPO = (
+    "--env-id InvertedPendulum-v4 --total-timesteps 100000 --eval-frequency 10000 "
+    "--eval-episodes 10"
+)
+POINT_MASS = (
+    "--num-envs 16 --num-steps 512 --total-timesteps 1000000 --eval-frequency 100000 "
+    "--eval-episodes 10 --env-id"
+)
+SAC_METHODS = {
+    "S2PG-SAC": "s2pg_sac.py",
+    "BPTT-SAC, L = 5, last row": "bptt_sac.py --sequence-length 5 --loss-on last",
+    "BPTT-SAC, L = 32, last row": "bptt_sac.py --sequence-length 32 --loss-on last",
+    "BPTT-SAC, L = 32, all rows": "bptt_sac.py --sequence-length 32 --loss-on all",
+    "memoryless SAC": "s2pg_sac.py --memoryless",
+    "SAC that sees everything": "s2pg_sac.py --memoryless --hide none",
+}
+
+CLAIMS = {
+    "smoke": Claim(
+        "Does the sweep work on this machine, or on this cluster? Half a minute, and no science.",
+        {"S2PG-SAC": "s2pg_sac.py", "memoryless SAC": "s2pg_sac.py --memoryless"},
+        [
+            "--env-id CueRecall-v0 --env-kwargs horizon 5 --learning-starts 20 --batch-size 16 "
+            "--total-timesteps 800 --eval-frequency 200 --eval-episodes 2 "
+            "--checkpoint-frequency 100"
+        ],
+        seeds=2,
+    ),
+    "sac_and_bptt": Claim(
+        "Hidden velocities: is S2PG-SAC faster than BPTT, by steps and by the clock?",
+        SAC_METHODS,
+        [f"{LONG} {env}" for env in ("Hopper-v4", "HalfCheetah-v4", "InvertedDoublePendulum-v4")],
+        threshold={
+            "Hopper-v4": 1500,
+            "HalfCheetah-v4": 2000,
+            "InvertedDoublePendulum-v4": 5000,
+        },
+    ),
+    "random_bodies": Claim(
+        "The same, where the velocities are seen and the bodies change.",
+        {
+            "S2PG-SAC": "s2pg_sac.py",
+            "S2PG-SAC, no privileged critic": "s2pg_sac.py --no-privileged-critic",
+            "BPTT-SAC, L = 32, all rows": "bptt_sac.py --sequence-length 32 --loss-on all",
+            "memoryless SAC": "s2pg_sac.py --memoryless",
+        },
+        [f"{LONG} HalfCheetah-v4 --hide none --random-bodies"],
+    ),
+    "ppo_and_bptt": Claim(
+        "PPO with hidden velocities: what does training without sequences gain?",
+        {
+            "S2PG-PPO": "s2pg_ppo.py",
+            "BPTT-PPO, L = 32": "bptt_ppo.py",
+            "memoryless PPO": "s2pg_ppo.py --memoryless",
+        },
+        [
+            "--env-id HalfCheetah-v4 --num-envs 4 --num-steps 512 --total-timesteps 1000000 "
+            f"--eval-frequency 50000 --eval-episodes 10 {MEDIUM}"
+        ],
+    ),
+    "ppo_in_wind": Claim(
+        "PPO in a wind of unknown direction.",
+        {
+            "S2PG-PPO": "s2pg_ppo.py",
+            "BPTT-PPO, L = 32": "bptt_ppo.py",
+            "memoryless PPO": "s2pg_ppo.py --memoryless",
+        },
+        [
+            "--env-id HalfCheetah-v4 --hide none --wind --num-envs 4 --num-steps 512 "
+            f"--total-timesteps 1000000 --eval-frequency 50000 --eval-episodes 10 {MEDIUM}"
+        ],
+    ),
+    "cue_recall": Claim(
+        "Long memory: how far back can a cue lie?",
+        {
+            "S2PG-SAC": "s2pg_sac.py",
+            "BPTT-SAC, L = 5, all rows": "bptt_sac.py --sequence-length 5 --loss-on all",
+            "BPTT-SAC, L = 32, all rows": "bptt_sac.py --sequence-length 32 --loss-on all",
+            "BPTT-SAC, whole episodes": "bptt_sac.py --sequence-length 1000 --loss-on all",
+        },
+        [
+            f"{CUE} CueRecall-v0 --total-timesteps 15000 --eval-frequency 1000",
+            f"{CUE} CueRecall-100-v0 --total-timesteps 20000 --eval-frequency 1000",
+            f"{CUE} CueRecall-300-v0 --total-timesteps 40000 --eval-frequency 2000",
+            f"{CUE} CueRecall-1000-v0 --total-timesteps 80000 --eval-frequency 4000",
+        ],
+        seeds=3,
+        threshold={
+            "CueRecall-v0": 17,
+            "CueRecall-100-v0": 85,
+            "CueRecall-300-v0": 255,
+            "CueRecall-1000-v0": 850,
+        },
+    ),
+    "state_size": Claim(
+        "How large should the internal state be?",
+        {
+            f"{size} units": f"s2pg_sac.py{'' if size == 32 else f' --state-dim {size}'}"
+            for size in (8, 32, 128)
+        },
+        [f"{HOPPER} --total-timesteps 50000 --eval-frequency 5000"],
+        seeds=3,
+    ),
+    "cells": Claim(
+        "Which recurrent cell?",
+        {
+            "GRU": "s2pg_sac.py",
+            "LSTM": "s2pg_sac.py --rnn lstm",
+            "plain RNN": "s2pg_sac.py --rnn rnn",
+        },
+        [f"{HOPPER} --total-timesteps 50000 --eval-frequency 5000"],
+        seeds=3,
+    ),
+    "kernel": Claim(
+        "Should the kernel keep what the cell keeps?",
+        {
+            "kernel atanh": "s2pg_sac.py",
+            "kernel official": "s2pg_sac.py --kernel official",
+        },
+        [
+            f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500",
+            f"{CUE} CueRecall-100-v0 --total-timesteps 20000 --eval-frequency 2500",
+        ],
+        seeds=3,
+        clock=False,
+    ),
+    "hidden_velocities": Claim(
+        "Can a memory make up for velocities that are not seen?",
+        {
+            "S2PG-SAC": "s2pg_sac.py",
+            "BPTT-SAC, L = 32, all rows": "bptt_sac.py",
+            "memoryless SAC": "s2pg_sac.py --memoryless",
+        },
+        [
+            f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500",
+            f"{HOPPER} --total-timesteps 50000 --eval-frequency 5000",
+        ],
+        seeds=3,
+        clock=False,
+    ),
+    "td3": Claim(
+        "The same with TD3.",
+        {"S2PG-TD3": "s2pg_td3.py", "memoryless TD3": "s2pg_td3.py --memoryless"},
+        [f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500"],
+        seeds=3,
+        clock=False,
+    ),
+    "ppo": Claim(
+        "The same with PPO.",
+        {
+            "S2PG-PPO": "s2pg_ppo.py",
+            "BPTT-PPO, L = 32": "bptt_ppo.py",
+            "memoryless PPO": "s2pg_ppo.py --memoryless",
+        },
+        [PENDULUM_PPO],
+        seeds=3,
+        clock=False,
+    ),
+    "ppo_memory_noise": Claim(
+        "How much noise should the memory of PPO have?",
+        {
+            "memory std .1": "s2pg_ppo.py",
+            "memory std .2": "s2pg_ppo.py --std-z 0.2",
+            "memory std .5": "s2pg_ppo.py --std-z 0.5",
+        },
+        [PENDULUM_PPO],
+        seeds=3,
+        clock=False,
+    ),
+    "matmul_precision": Claim(
+        "Do matrix products in bfloat16 harm?",
+        {"highest": "s2pg_sac.py --matmul-precision highest", "medium": "s2pg_sac.py"},
+        [f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500"],
+        seeds=3,
+        clock=False,
+    ),
+    "gail": Claim(
+        "Imitation without rewards, from five episodes of an expert that saw the velocities.",
+        {
+            "S2PG-GAIL": "s2pg_gail.py",
+            "memoryless GAIL": "s2pg_gail.py --memoryless",
+            "cloning alone, GAIL's actor": "s2pg_gail.py --bc-steps 2000 --total-timesteps 100",
+        },
+        [
+            "--env-id InvertedPendulum-v4 --total-timesteps 100000 --eval-frequency 10000 "
+            f"--eval-episodes 8 {MEDIUM}",
+            "--env-id Hopper-v4 --num-envs 4 --num-steps 512 --total-timesteps 1000000 "
+            f"--eval-frequency 50000 --eval-episodes 8 {MEDIUM}",
+        ],
+        seeds=3,
+        clock=False,
+        cloning=("cloning alone, GAIL's actor",),
+    ),
+    "lsiq": Claim(
+        "The same with LSIQ.",
+        {"S2PG-LSIQ": "s2pg_lsiq.py", "memoryless LSIQ": "s2pg_lsiq.py --memoryless"},
+        [
+            "--env-id InvertedPendulum-v4 --total-timesteps 40000 --eval-frequency 5000 "
+            f"--eval-episodes 8 {MEDIUM}",
+            "--env-id Hopper-v4 --batch-size 128 --total-timesteps 60000 --eval-frequency 5000 "
+            f"--eval-episodes 8 {MEDIUM}",
+        ],
+        seeds=3,
+        clock=False,
+    ),
+    "long_memory": Claim(
+        "A cue of a hundred steps ago.",
+        {
+            "S2PG-SAC": "s2pg_sac.py",
+            "BPTT-SAC, L = 32, all rows": "bptt_sac.py",
+            "memoryless SAC": "s2pg_sac.py --memoryless",
+        },
+        [f"{CUE} CueRecall-100-v0 --total-timesteps 20000 --eval-frequency 2500"],
+        seeds=3,
+        clock=False,
+    ),
+    "point_mass": Claim(
+        "A goal that is out of sight for 47 steps and more.",
+        {
+            "S2PG-PPO, memory std .1": "s2pg_ppo.py",
+            "S2PG-PPO, memory std .2": "s2pg_ppo.py --std-z 0.2",
+            "S2PG-PPO, memory std .5": "s2pg_ppo.py --std-z 0.5",
+            "BPTT-PPO, L = 32": "bptt_ppo.py",
+            "memoryless PPO": "s2pg_ppo.py --memoryless",
+        },
+        [f"{POINT_MASS} PointMassMemory-v0"],
+        seeds=1,
+        clock=False,
+    ),
+}

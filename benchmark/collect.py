@@ -1,0 +1,126 @@
+"""From event files to one tidy CSV for each claim.
+
+    python benchmark/collect.py cue_recall                  # what sweep.py ran of it
+    python benchmark/collect.py --runs runs/* --csv my.csv  # any runs; labels are their --exp-name
+
+A row is one evaluation: environment, label, script, options that were not at their defaults, seed,
+step, seconds of training until then (evaluations do not count), mean return of the deterministic
+and of the stochastic policy, versions, commit and hardware. What is evaluated at step 0 alone is a
+level to compare with: the demonstrations of imitation runs (label "expert"), and cloning. Runs
+that are not finished are left out and named.
+"""
+
+import csv
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmark import sweep
+from benchmark.claims import CLAIMS
+
+COLUMNS = [
+    "env_id", "label", "script", "options", "seed", "step", "wall_seconds",
+    "return_deterministic", "return_stochastic", "versions", "commit", "hardware",
+]  # fmt: skip
+SCRIPTS = [path.stem for path in sweep.ROOT.glob("*.py") if path.stem.startswith(("s2pg", "bptt"))]
+
+
+@dataclasses.dataclass
+class Args:
+    claims: tyro.conf.Positional[tuple[str, ...]] = ()
+    """names of claims.py"""
+    out: str = "runs/sweep"
+    """the folder that sweep.py ran them in"""
+    results: str = "benchmark/results"
+    """folder of the CSVs"""
+    runs: tuple[str, ...] = ()
+    """folders of runs that are not of a claim"""
+    csv: str = "runs.csv"
+    """file for those"""
+
+
+def script_of(args):
+    """The name of the script that has just these options."""
+    for name in SCRIPTS:
+        if vars(importlib.import_module(name).Args()).keys() == args.keys():
+            return name
+    raise ValueError("no script has these options; was it another version?")
+
+
+def evaluations(folder, label=None, machine=None, only_step_0=False):
+    """Rows of one run: its evaluations, and the level of its expert if it has one."""
+    args = json.loads((folder / "args.json").read_text())
+    script = script_of(args)
+    defaults = vars(importlib.import_module(script).Args())
+    options = {k: v for k, v in args.items() if v != defaults[k] and k not in COLUMNS}
+    for name in ("exp_name", "save_buffer"):
+        options.pop(name, None)
+    machine = machine or sweep.machine()
+    origin = [
+        " ".join(f"{name}={version}" for name, version in machine["versions"].items()),
+        machine["commit"], machine["hardware"],
+    ]  # fmt: skip
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    seconds = {event.step: event.value for event in events.Scalars("charts/seconds")}
+    rows = []
+    for deterministic, stochastic in zip(
+        events.Scalars("eval/return_deterministic"), events.Scalars("eval/return_stochastic")
+    ):
+        if only_step_0 and deterministic.step > 0:
+            break
+        rows.append([
+            args["env_id"], label or args["exp_name"], script, json.dumps(options), args["seed"],
+            deterministic.step, round(seconds.get(deterministic.step, 0.0), 1),
+            round(deterministic.value, 3), round(stochastic.value, 3), *origin,
+        ])  # fmt: skip
+    if "charts/expert_return" in tags:
+        value = round(events.Scalars("charts/expert_return")[0].value, 3)
+        level = [args["env_id"], "expert", "demonstrations", "{}", 0, 0, 0.0, value, value]
+        rows.append([*level, *origin])
+    return rows
+
+
+def write(rows, path):
+    """The CSV, sorted; whole or not at all."""
+    unique = {tuple(row[i] for i in (0, 1, 4, 5)): row for row in rows}  # one expert for all seeds
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(unique[key] for key in sorted(unique))
+    temporary.replace(path)
+    print(f"{path}: {len(unique)} evaluations")
+
+
+def main(args: Args):
+    unknown = set(args.claims) - set(CLAIMS)
+    if unknown:
+        sys.exit(f"collect.py: no claim {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
+    if not args.claims and not args.runs:
+        sys.exit("collect.py: name claims, or --runs and their --csv")
+    for name in args.claims:
+        rows, claim = [], CLAIMS[name]
+        for run in sweep.runs_of(claim, args.out):
+            if not sweep.is_done(run):
+                print(f"not finished: {run.label}, {run.folder.name}")
+                continue
+            machine = json.loads((run.folder / "machine.json").read_text())
+            cloning = run.label in claim.cloning
+            rows += evaluations(sweep.run_dir(run), run.label, machine, cloning)
+        if not rows:
+            sys.exit(f"collect.py: no run of {name} is finished in {args.out}")
+        write(rows, Path(args.results, f"{name}.csv"))
+    if args.runs:
+        write([row for run in args.runs for row in evaluations(Path(run))], Path(args.csv))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

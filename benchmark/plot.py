@@ -1,0 +1,308 @@
+"""Every picture and every table of the README, from the CSVs in benchmark/results/.
+
+    python benchmark/plot.py                       # all
+    python benchmark/plot.py cue_recall td3        # some claims
+    python benchmark/plot.py --check               # is the README as the CSVs say?
+    python benchmark/plot.py --csv my.csv          # a file of collect.py --runs
+
+Curves are interquartile means over seeds with 95 % bands of a stratified bootstrap, as in Agarwal
+et al., "Deep reinforcement learning at the edge of the statistical precipice", 2021 (rliable).
+Of fewer than four seeds the interquartile mean is the mean. A table has the returns of each seed at
+the end, as no statistic of three seeds says more than the three.
+"""
+
+import csv
+import dataclasses
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from rliable import library as rly
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmark import variance
+from benchmark.claims import CLAIMS, Claim
+
+
+@dataclasses.dataclass
+class Args:
+    claims: tyro.conf.Positional[tuple[str, ...]] = ()
+    """names of claims.py; by default all, the study of the variance and the tables of speed"""
+    results: str = "benchmark/results"
+    """folder of the CSVs and the pictures"""
+    readme: str = "README.md"
+    """file with the tables, each between a pair of marks"""
+    check: bool = False
+    """write nothing, and fail if the README's tables are others"""
+    csv: str | None = None
+    """instead of a claim: draw this file, and print its table"""
+
+
+class Curve(NamedTuple):
+    """The evaluations of S seeds at T steps."""
+
+    steps: np.ndarray  # [T]
+    minutes: np.ndarray  # [S, T], of training
+    stochastic: np.ndarray  # [S, T], mean returns
+    deterministic: np.ndarray  # [S, T]
+
+
+def read(path, claim):
+    """{env_id: {label: Curve}} of a CSV of collect.py, in the order of the claim."""
+    points = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            seeds = points.setdefault(row["env_id"], {}).setdefault(row["label"], {})
+            seed = seeds.setdefault(int(row["seed"]), {})
+            step = round(int(row["step"]), -2)  # several environments pass a multiple a bit late
+            if step in seed:
+                raise SystemExit(f"{path}: two runs are {row['label']}, seed {row['seed']}")
+            columns = "wall_seconds", "return_stochastic", "return_deterministic"
+            seed[step] = [float(row[column]) for column in columns]
+    result = {}
+    for env_id, labels in points.items():
+        for label, seeds in labels.items():
+            steps = sorted(set.intersection(*(set(seed) for seed in seeds.values())))
+            values = [[seeds[number][step] for step in steps] for number in sorted(seeds)]
+            seconds, stochastic, deterministic = np.moveaxis(np.array(values), -1, 0)
+            curve = Curve(np.array(steps), seconds / 60, stochastic, deterministic)
+            result.setdefault(env_id, {})[label] = curve
+    tasks = " ".join(claim.tasks) + " "
+    place = {env_id: tasks.find(f"--env-id {env_id} ") for env_id in result}
+    return {env_id: result[env_id] for env_id in sorted(result, key=place.get)}
+
+
+def interquartile_mean(returns, repetitions=2000):
+    """Of returns [S, T]: the mean [T], and the 95 % band [2, T]."""
+
+    quarter = len(returns) // 4
+
+    def iqm(scores):  # [S, 1 task, T]
+        return np.sort(scores[:, 0], 0)[quarter : len(scores) - quarter].mean(0)
+
+    with warnings.catch_warnings():  # of arch, about how rliable hands it the random numbers
+        warnings.simplefilter("ignore", FutureWarning)
+        means, bands = rly.get_interval_estimates(
+            {"": returns[:, None]}, iqm, reps=repetitions, random_state=np.random.RandomState(0)
+        )
+    return means[""], bands[""]
+
+
+def by_time(curve, returns, points=60):
+    """The curve over minutes: a grid [points], and returns [S, points] interpolated on it."""
+    grid = np.linspace(curve.minutes[:, 0].max(), curve.minutes[:, -1].min(), points)
+    return grid, np.array([np.interp(grid, *seed) for seed in zip(curve.minutes, returns)])
+
+
+def ordered(labels, claim):
+    """In the order of the claim; what it does not know, such as the expert, comes last."""
+    known = [label for label in claim.methods if label in labels]
+    return known + [label for label in labels if label not in known]
+
+
+def colors_of(labels):
+    """Blue is S2PG, red and orange BPTT, grey what has no memory, black what is no competitor."""
+    families = {
+        "S2PG": ["C0", "#17becf", "#6a3d9a"],
+        "BPTT": ["#d62728", "#ff7f0e", "#8c564b", "#e377c2"],
+        "memoryless": ["#7f7f7f"], "SAC that sees": ["black"], "expert": ["black"],
+        "cloning": ["#bcbd22"],
+    }  # fmt: skip
+    rest, colors = [f"C{i}" for i in range(10)], {}
+    for label in labels:
+        family = next((f for name, f in families.items() if label.startswith(name)), rest)
+        colors[label] = family.pop(0) if len(family) > 1 else family[0]
+    return colors
+
+
+def draw(data, claim, path):
+    """One column of panels for each environment: the return against steps, and against minutes."""
+    rows = 2 if claim.clock else 1
+    figure, panels = plt.subplots(
+        rows, len(data), figsize=(5.2 * len(data), 3.4 * rows), squeeze=False, layout="constrained"
+    )
+    labels = ordered({label: None for env in data.values() for label in env}, claim)
+    colors = colors_of(labels)
+    for column, (env_id, curves) in zip(panels.T, data.items()):
+        column[0].set_title(env_id)
+        for label in ordered(curves, claim):
+            curve, style = curves[label], dict(color=colors[label], label=label)
+            returns = getattr(curve, claim.column.removeprefix("return_"))
+            if curve.steps[-1] == 0:
+                for panel in column:
+                    panel.axhline(returns.mean(), lw=1.5, ls="--", **style)
+                continue
+            clocked = [by_time(curve, returns)] if claim.clock else []
+            for panel, (x, y) in zip(column, [(curve.steps, returns), *clocked]):
+                mean, (low, high) = interquartile_mean(y)
+                panel.plot(x, mean, lw=2, **style)
+                panel.fill_between(x, low, high, color=colors[label], alpha=0.15, lw=0)
+        for panel, unit in zip(column, ("environment steps", "minutes of training on one core")):
+            panel.set(xlabel=unit, xlim=(0, None), ylabel=claim.column.replace("_", ", "))
+            if env_id in claim.threshold:
+                panel.axhline(claim.threshold[env_id], color="black", lw=0.8, ls=":")
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.grid(alpha=0.25)
+    handles = {}
+    for panel in panels[0]:
+        handles |= dict(zip(*panel.get_legend_handles_labels()[::-1]))
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", frameon=False,
+        ncols=min(len(handles), 2 + len(data)),
+    )  # fmt: skip
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def rounded(value):
+    return f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}"
+
+
+def to_threshold(x, returns, threshold):
+    """Where each seed first reaches the threshold, as their median; and how many do."""
+    reached = returns >= threshold
+    first = np.take_along_axis(x, reached.argmax(1)[:, None], 1)[:, 0]
+    where = np.where(reached.any(1), first, np.inf)
+    median = np.median(where)
+    number = f"{median:.3g}" if median < 100 else f"{median:,.0f}"
+    share = "" if reached.any(1).all() else f" ({reached.any(1).sum()} of {len(returns)})"
+    return ("never" if np.isinf(median) else number) + share
+
+
+def table(data, claim):
+    """Markdown: a row for each environment and method."""
+    header = ["", "return at the end, each seed", "noise-free", "IQM [95 %]", "best IQM"]
+    if claim.threshold:
+        header += ["steps to threshold"] + ["minutes"] * claim.clock
+    lines = [header, ["---"] * len(header)]
+    for env_id, curves in data.items():
+        goal = claim.threshold.get(env_id)
+        threshold = f", threshold {goal:,.0f}" if goal else ""
+        last = max(curve.steps[-1] for curve in curves.values())
+        lines.append([f"**{env_id}**, {last:,} steps{threshold}"] + [""] * (len(header) - 1))
+        for label in ordered(curves, claim):
+            curve = curves[label]
+            both = [
+                ", ".join(rounded(value) for value in returns[:, -1])
+                for returns in (curve.stochastic, curve.deterministic)
+            ]
+            if curve.steps[-1] == 0:
+                lines.append([label, *both] + [""] * (len(header) - 3))
+                continue
+            returns = getattr(curve, claim.column.removeprefix("return_"))
+            mean, (low, high) = interquartile_mean(returns)
+            best = mean.argmax()
+            band = f" [{rounded(low[-1])}, {rounded(high[-1])}]" if len(returns) > 1 else ""
+            sooner = f" after {curve.steps[-1]:,}" if curve.steps[-1] < last else ""
+            line = [
+                label + sooner, *both, rounded(mean[-1]) + band,
+                f"{rounded(mean[best])} at {curve.steps[best]:,}",
+            ]  # fmt: skip
+            if claim.threshold and goal is None:
+                line += [""] * (len(header) - len(line))
+            elif goal is not None:
+                steps = np.broadcast_to(curve.steps, returns.shape)
+                line.append(to_threshold(steps, returns, goal))
+                line += [to_threshold(curve.minutes, returns, goal)] * claim.clock
+            lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def speed_table(paths):
+    """Markdown of the tables of update_time.py in these files, those of two tasks side by side."""
+    names, methods = [path.read_text().split()[0] for path in paths], {}
+    for name, path in zip(names, paths):
+        for block in path.read_text().split("\n\n"):
+            title, *lines = block.splitlines()
+            if " ms per " not in title:
+                continue
+            algorithm = title.split(",")[0]
+            for line in lines:
+                method, cells = line[:38].strip(), line[38:].split()
+                piece = method.startswith("S2PG, ") and "alone" not in method
+                if len(cells) == 3 and not piece:
+                    method = re.sub("^(S2PG|BPTT)", rf"\1-{algorithm}", method)
+                    method = method.replace("memoryless", f"memoryless {algorithm}")
+                    methods.setdefault(method, {})[name] = cells
+    header = [f"{name}: ms | x memoryless | x S2PG" for name in names]
+    lines = [["", *header], ["---"] * (1 + 3 * len(names))]
+    for method, tasks in methods.items():
+        lines.append([method, *(cell for cells in tasks.values() for cell in cells)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def rollout_table(paths):
+    """Markdown of the rows per second that update_time.py collected with PPO in these files."""
+    lines, header = [], [""]
+    for path in paths:
+        blocks = re.findall(r"(\d+) envs .*?rows per second: (.*?)$", path.read_text(), re.S | re.M)
+        header = [""] + [f"{n} environment{'s' * (n != '1')}" for n, _ in blocks]
+        methods = {}
+        for _, speeds in blocks:
+            for method, speed in (item.rsplit(" ", 1) for item in speeds.split(", ")):
+                methods.setdefault(method, []).append(speed)
+        name = path.read_text().split()[0]
+        lines += [[f"{name}, {method}", *speeds] for method, speeds in methods.items()]
+    lines = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def insert(text, tables):
+    """`text` with each table between its marks; a table without marks is left out."""
+    for name, markdown in tables.items():
+        begin, end = f"<!-- {name}: plot.py writes this table -->", "<!-- end -->"
+        pattern = re.compile(f"({re.escape(begin)}\n).*?({re.escape(end)})", re.DOTALL)
+        text = pattern.sub(lambda match, new=markdown: f"{match[1]}\n{new}\n\n{match[2]}", text)
+    return text
+
+
+def main(args: Args):
+    results = ROOT / args.results
+    if args.csv:
+        claim, path = Claim("", {}, []), Path(args.csv)
+        data = read(path, claim)
+        draw(data, claim, path.with_suffix(".png"))
+        print(table(data, claim))
+        return
+    unknown = set(args.claims) - set(CLAIMS)
+    if unknown:
+        sys.exit(f"plot.py: no claim {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
+    tables = {}
+    for name in args.claims or CLAIMS:
+        path = results / f"{name}.csv"
+        if not path.exists():
+            print(f"not measured yet: {name}")
+            continue
+        claim = CLAIMS[name]
+        data = read(path, claim)
+        tables[name] = table(data, claim)
+        if not args.check:
+            draw(data, claim, path.with_suffix(".png"))
+            print(path.with_suffix(".png"))
+    if not args.claims:
+        sac, ppo = (
+            [results / f"update_time{algorithm}_{task}.txt" for task in ("hopper", "humanoid")]
+            for algorithm in ("", "_ppo")
+        )
+        tables |= {"speed": speed_table(sac), "speed of PPO": speed_table(ppo)}
+        tables["rows per second"] = rollout_table(ppo)
+        if not args.check:
+            variance.redraw(results / "variance")
+            print(results / "variance.png")
+    readme = ROOT / args.readme
+    before = readme.read_text()
+    after = insert(before, tables)
+    if args.check and after != before:
+        sys.exit("plot.py: the README's tables are not those of the CSVs; run benchmark/plot.py")
+    if not args.check:
+        readme.write_text(after)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

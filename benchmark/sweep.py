@@ -1,0 +1,253 @@
+"""Run the claims of claims.py: every method on every task with every seed, unless it is done.
+
+    python benchmark/sweep.py                                   # what there is, and what is done
+    python benchmark/sweep.py cue_recall --seeds 1 2 3          # here, a run on each core
+    python benchmark/sweep.py cue_recall --cluster slurm --slurm slurm_partition cpu timeout_min 600
+
+A run is a process of one thread in a folder of its own, OUT/TASK__SCRIPT__HASH__SEED, where HASH is
+that of its command, so claims share the runs that they have in common. Whatever is killed, the
+runs or the sweep, the same command begun again finishes what is left: a run goes on from its last
+checkpoint, which has the replay buffer as well. With `--cluster slurm` the runs go out as an array
+job through submitit, which sends a run that meets its time limit to the queue again; `--cluster
+local` takes the same way on this machine.
+"""
+
+import concurrent.futures
+import dataclasses
+import fcntl
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmark.claims import CLAIMS
+
+
+@dataclasses.dataclass
+class Args:
+    claims: tyro.conf.Positional[tuple[str, ...]] = ()
+    """names of claims.py"""
+    seeds: tuple[int, ...] = ()
+    """by default those of the claim"""
+    tasks: tuple[str, ...] = ()
+    """ids of the environments, by default all of the claim"""
+    methods: tuple[str, ...] = ()
+    """labels of the methods, by default all of the claim"""
+    out: str = "runs/sweep"
+    """folder of all runs"""
+    processes: int = os.cpu_count() or 1
+    """runs at a time, on this machine or of the array job"""
+    cluster: Literal["none", "local", "slurm"] = "none"
+    """submit through submitit"""
+    slurm: dict[str, str] = dataclasses.field(default_factory=dict)
+    """parameters of submitit, as `--slurm slurm_partition cpu timeout_min 600 mem_gb 4`"""
+
+
+class Run(NamedTuple):
+    label: str  # of the claim
+    script: str
+    options: tuple[str, ...]
+    folder: Path
+
+
+def script_of(name):
+    """The module of a script's file name."""
+    return importlib.import_module(Path(name).stem)
+
+
+def runs_of(claim, out, seeds=(), tasks=(), methods=()):
+    """The runs of a claim. ValueError for a method or a task that it does not have."""
+    task_ids = {task: task.split("--env-id ")[1].split()[0] for task in claim.tasks}
+    for kind, wanted, known in [
+        ("method", methods, claim.methods), ("task", tasks, task_ids.values())
+    ]:  # fmt: skip
+        for name in set(wanted) - set(known):
+            raise ValueError(f"no {kind} {name!r}; there are {', '.join(map(repr, known))}")
+    runs = []
+    for label, method in claim.methods.items():
+        script, *own_options = method.split()
+        for task, env_id in task_ids.items():
+            options = task.split() + own_options  # the last one counts
+            key = hashlib.sha1(" ".join([script, *options]).encode()).hexdigest()[:8]
+            if "save_buffer" in vars(script_of(script).Args()):
+                options.append("--save-buffer")
+            for seed in seeds or range(1, claim.seeds + 1):
+                name = f"{env_id.replace(':', '_')}__{Path(script).stem}__{key}__{seed}"
+                if (not methods or label in methods) and (not tasks or env_id in tasks):
+                    folder = Path(out, name).absolute()
+                    runs.append(Run(label, script, (*options, "--seed", str(seed)), folder))
+    return runs
+
+
+def final_args(run):
+    """The options of a run as its script understands them; tyro's error and exit if it does not."""
+    return tyro.cli(script_of(run.script).Args, args=run.options)
+
+
+def run_dir(run):
+    """Where the script keeps its run, the one with a checkpoint; None before the first."""
+    checkpoints = list(run.folder.glob("runs/*/checkpoint.pt"))
+    return max(checkpoints, key=os.path.getmtime).parent if checkpoints else None
+
+
+def is_done(run):
+    path = run_dir(run)
+    if path is None:
+        return False
+    steps = torch.load(path / "checkpoint.pt", mmap=True, weights_only=True)["global_step"]
+    return steps >= json.loads((path / "args.json").read_text())["total_timesteps"]
+
+
+CHILDREN = set()  # processes under way
+
+
+def execute(run):
+    """Bring a run to its end; returns what became of it, in a few words."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    # the script inherits the lock, and holds it even if this process is killed
+    with open(run.folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "is running already"
+        if is_done(run):
+            return "was done"
+        begun = run_dir(run)
+        if begun is None:
+            shutil.rmtree(run.folder / "runs", ignore_errors=True)
+            (run.folder / "machine.json").write_text(json.dumps(machine(), indent=2))
+        options = ["--resume", str(begun)] if begun else list(run.options)
+        with open(run.folder / "log.txt", "a") as log:
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / run.script), *options],
+                cwd=run.folder, stdout=log, stderr=log, pass_fds=[lock.fileno()],
+                env=os.environ | dict(OMP_NUM_THREADS="1"),
+            )  # fmt: skip
+            CHILDREN.add(process)
+            status = process.wait()
+            CHILDREN.discard(process)
+    return "done" if status == 0 else f"ended with status {status}, see {run.folder}/log.txt"
+
+
+def machine():
+    """Versions, commit and hardware, for the CSV."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco")}
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return dict(versions=versions, commit=commit.stdout.strip(), hardware=gpu or cpu_name())
+
+
+def cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def execute_here(runs, processes):
+    """So many runs at a time; at Ctrl-C or SIGTERM those under way save and end."""
+
+    def stop(signum, frame):
+        sys.exit(128 + signum)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    failed = 0
+    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
+        try:
+            futures = {pool.submit(execute, run): run for run in runs}
+            bar = tqdm(concurrent.futures.as_completed(futures), total=len(runs), unit="run")
+            for future in bar:
+                failed += future.result() not in ("done", "was done")
+                bar.write(f"{futures[future].folder.name} {future.result()}")
+        except SystemExit:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(CHILDREN):
+                process.terminate()
+            raise
+    return failed
+
+
+class Submitted:
+    """What submitit calls, and sends to the queue again after a time limit or a preemption."""
+
+    def __call__(self, run):
+        outcome = execute(run)
+        if outcome not in ("done", "was done"):
+            raise RuntimeError(outcome)
+        return outcome
+
+    def checkpoint(self, run):
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self, run)
+
+
+def submit(runs, args):
+    """Hand the runs to submitit; returns how many failed, which for SLURM is not waited for."""
+    import submitit
+
+    executor = submitit.AutoExecutor(folder=Path(args.out, "submitit"), cluster=args.cluster)
+    slurm = dict(slurm_array_parallelism=args.processes) if args.cluster == "slurm" else {}
+    executor.update_parameters(name="sweep", cpus_per_task=1, **slurm)
+    numbers = {k: int(v) if v.isdecimal() else v for k, v in args.slurm.items()}
+    executor.update_parameters(**numbers)
+    jobs = executor.map_array(Submitted(), runs)
+    if args.cluster == "slurm":
+        print(f"{len(jobs)} runs submitted, as {jobs[0].job_id} and so on")
+        return 0
+    failed = 0
+    for job, run in zip(jobs, runs):
+        error = job.exception()
+        failed += error is not None
+        print(f"{run.folder.name} {'done' if error is None else error}")
+    return failed
+
+
+def main(args: Args):
+    unknown = set(args.claims) - set(CLAIMS)
+    if unknown:
+        sys.exit(f"sweep.py: no claim {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
+    selection = args.seeds, args.tasks, args.methods
+    if not args.claims:
+        for name, claim in CLAIMS.items():
+            runs = runs_of(claim, args.out)
+            done = sum(map(is_done, runs))
+            print(f"{name:20s} {done:3d} of {len(runs):3d} runs done   {claim.question}")
+        return
+    try:
+        chosen = [
+            run for name in args.claims for run in runs_of(CLAIMS[name], args.out, *selection)
+        ]
+    except ValueError as error:
+        sys.exit(f"sweep.py: {error}")
+    runs = list({run.folder: run for run in chosen}.values())
+    for run in runs:
+        final_args(run)  # a misspelt option is an error now, not in the night
+    runs = [run for run in runs if not is_done(run)]
+    print(f"{len(chosen)} runs asked for, {len(runs)} to be done")
+    if runs:
+        here = args.cluster == "none"
+        failed = execute_here(runs, args.processes) if here else submit(runs, args)
+        sys.exit(f"sweep.py: {failed} of {len(runs)} runs did not finish" if failed else 0)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

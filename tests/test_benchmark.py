@@ -1,0 +1,246 @@
+"""The sweep, what is collected from it, and the pictures and tables that come of that."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from rliable import metrics
+
+from benchmark import collect, plot, sweep
+from benchmark.claims import CLAIMS, Claim
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def start(name, *options, cwd):
+    command = [sys.executable, str(ROOT / "benchmark" / f"{name}.py"), *map(str, options)]
+    return subprocess.Popen(
+        command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def run(name, *options, cwd):
+    process = start(name, *options, cwd=cwd)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def smoke(cwd, **selection):
+    return sweep.runs_of(CLAIMS["smoke"], cwd / "runs/sweep", **selection)
+
+
+def wait_for(condition, what):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_the_options_of_every_claim_are_understood(name):
+    for run in sweep.runs_of(CLAIMS[name], "out", seeds=(1,)):
+        args = sweep.final_args(run)
+        sweep.script_of(run.script).check_args(args)
+        assert args.seed == 1 and args.eval_frequency > 0 and vars(args).get("save_buffer", True)
+        assert set(CLAIMS[name].threshold) <= {r.folder.name.split("__")[0] for r in
+                                               sweep.runs_of(CLAIMS[name], "out")}  # fmt: skip
+    assert set(CLAIMS[name].cloning) <= set(CLAIMS[name].methods)
+
+
+def test_a_method_overrides_its_task_and_claims_share_runs():
+    claim = CLAIMS["sac_and_bptt"]
+    runs = sweep.runs_of(claim, "out", methods=["SAC that sees everything"], seeds=(3,))
+    assert [sweep.final_args(run).hide for run in runs] == ["none"] * 3
+    assert [sweep.final_args(run).seed for run in runs] == [3] * 3
+    folders = {name: {run.folder for run in sweep.runs_of(CLAIMS[name], "out")} for name in CLAIMS}
+    assert len(folders["state_size"] & folders["cells"]) == 3  # 32 units of a GRU, three seeds
+    assert len(folders["sac_and_bptt"]) == 6 * 3 * 5
+
+
+def test_a_sweep_killed_at_any_time_finishes_what_is_left(tmp_path):
+    options = "smoke", "--processes", 2
+    first = start("sweep", *options, cwd=tmp_path)
+    wait_for(lambda: any(map(sweep.run_dir, smoke(tmp_path))), "a checkpoint")
+    os.killpg(first.pid, signal.SIGKILL)  # the machine goes down, and the runs with it
+    first.communicate()
+    begun = {run.folder: sweep.run_dir(run) for run in smoke(tmp_path) if sweep.run_dir(run)}
+    assert begun and not all(map(sweep.is_done, smoke(tmp_path)))
+
+    second = start("sweep", *options, cwd=tmp_path)
+    wait_for(lambda: any(map(sweep.is_done, smoke(tmp_path))), "a finished run")
+    second.terminate()
+    out, err = second.communicate(timeout=60)
+    assert second.returncode == 128 + signal.SIGTERM
+    finished = sum(map(sweep.is_done, smoke(tmp_path)))
+    assert 1 <= finished < 4, out + err
+
+    status, out, err = run("sweep", *options, cwd=tmp_path)
+    assert status == 0, err
+    assert f"4 runs asked for, {4 - finished} to be done" in out
+    assert all(map(sweep.is_done, smoke(tmp_path)))
+    assert all(sweep.run_dir(run) == begun[run.folder] for run in smoke(tmp_path)
+               if run.folder in begun)  # fmt: skip
+    assert all(len(list(run.folder.glob("runs/*"))) == 1 for run in smoke(tmp_path))
+
+    status, out, _ = run("sweep", *options, cwd=tmp_path)
+    assert status == 0 and "0 to be done" in out
+    status, out, _ = run("sweep", cwd=tmp_path)
+    assert status == 0 and "4 of   4 runs done" in out
+
+    (tmp_path / "results").mkdir()
+    status, out, err = run("collect", "smoke", "--results", "results", cwd=tmp_path)
+    assert status == 0, err
+    with open(tmp_path / "results/smoke.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == collect.COLUMNS and len(rows) == 4 * 4
+    for label in CLAIMS["smoke"].methods:
+        for seed in "12":
+            own = [row for row in rows if row["label"] == label and row["seed"] == seed]
+            assert [row["step"] for row in own] == ["200", "400", "600", "800"]
+            seconds = [float(row["wall_seconds"]) for row in own]
+            assert seconds[0] > 0 and seconds == sorted(seconds) and seconds[-1] < 100
+            assert all(('"memoryless": true' in row["options"]) == ("less" in label) for row in own)
+            assert all("torch=" in row["versions"] and row["hardware"] for row in own)
+    status, out, err = run("plot", "--csv", "results/smoke.csv", cwd=tmp_path)
+    assert status == 0, err
+    assert out.count("\n| ") == 5 - 1 and "| S2PG-SAC |" in out
+    assert (tmp_path / "results/smoke.png").stat().st_size > 10_000
+
+
+def test_runs_that_a_killed_sweep_left_behind_are_not_begun_twice(tmp_path):
+    options = "smoke", "--seeds", 1, "--methods", "S2PG-SAC"
+    (own,) = smoke(tmp_path, seeds=(1,), methods=("S2PG-SAC",))
+    first = start("sweep", *options, cwd=tmp_path)
+    wait_for(lambda: sweep.run_dir(own), "a checkpoint")
+    first.kill()  # and nothing else: the run goes on
+    assert not sweep.is_done(own)
+    status, out, err = run("sweep", *options, cwd=tmp_path)
+    if "0 to be done" not in out:  # it was faster
+        assert "is running already" in out + err or status == 0
+    wait_for(lambda: sweep.is_done(own), "the end of the run")
+    assert len(list(own.folder.glob("runs/*"))) == 1
+
+
+def test_submitit_takes_the_same_way(tmp_path):
+    options = "smoke", "--seeds", 2, "--cluster", "local", "--slurm", "timeout_min", 5
+    status, out, err = run("sweep", *options, cwd=tmp_path)
+    assert status == 0, out + err
+    assert all(map(sweep.is_done, smoke(tmp_path, seeds=(2,)))) and out.count(" done\n") == 2
+    assert not any(map(sweep.is_done, smoke(tmp_path, seeds=(1,))))
+    status, out, err = run("collect", "smoke", "--results", ".", cwd=tmp_path)
+    assert status == 0 and out.count("not finished") == 2
+    with open(tmp_path / "smoke.csv", newline="") as file:
+        assert {row["seed"] for row in csv.DictReader(file)} == {"2"}
+
+
+def test_a_run_that_fails_fails_the_sweep(tmp_path):
+    (own,) = smoke(tmp_path, seeds=(1,), methods=("S2PG-SAC",))
+    own.folder.mkdir(parents=True)
+    (own.folder / "runs").write_text("a file where the script wants a folder")
+    status, out, err = run("sweep", "smoke", "--seeds", 1, cwd=tmp_path)
+    assert status == 1 and "1 of 2 runs did not finish" in err
+    assert "log.txt" in out + err and (own.folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("sweep", ["smok"], "no claim smok; there are smoke"),
+        ("sweep", ["smoke", "--methods", "SAC"], "no method 'SAC'; there are 'S2PG-SAC'"),
+        ("sweep", ["smoke", "--tasks", "Ant-v4"], "no task 'Ant-v4'; there are 'CueRecall-v0'"),
+        ("collect", ["smok"], "no claim smok"),
+        ("collect", [], "name claims"),
+        ("collect", ["smoke"], "no run of smoke is finished"),
+        ("plot", ["smok"], "no claim smok"),
+    ],
+)
+def test_bad_input_is_one_sentence(name, options, message, tmp_path):
+    status, _, err = run(name, *options, cwd=tmp_path)
+    assert status == 1 and err.startswith(f"{name}.py: ") and message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_the_tables_of_the_readme_are_those_of_the_csvs():
+    status, _, err = run("plot", "--check", cwd=ROOT)
+    assert status == 0, err
+
+
+def test_tables_go_between_their_marks_and_nowhere_else(tmp_path):
+    mark = "<!-- a: plot.py writes this table -->"
+    text = f"before\n{mark}\nold\n<!-- end -->\nafter <!-- end -->\n"
+    new = plot.insert(text, {"a": "| 1 |", "b": "| 2 |"})
+    assert new == f"before\n{mark}\n\n| 1 |\n\n<!-- end -->\nafter <!-- end -->\n"
+    assert plot.insert(new, {"a": "| 1 |"}) == new
+    assert plot.insert(new, {"a": r"| \1 |"}) == new.replace("| 1 |", r"| \1 |")
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3, 4, 5, 9])
+def test_the_interquartile_mean_is_that_of_rliable(seeds):
+    returns = np.random.default_rng(seeds).normal(size=(seeds, 6))
+    mean, (low, high) = plot.interquartile_mean(returns, repetitions=200)
+    expected = [metrics.aggregate_iqm(returns[:, t, None]) for t in range(6)]
+    np.testing.assert_allclose(mean, expected)
+    assert (low <= mean + 1e-9).all() and (mean <= high + 1e-9).all()
+    assert (low >= returns.min(0) - 1e-9).all() and (high <= returns.max(0) + 1e-9).all()
+    assert (low < high - 1e-9).all() == (seeds > 1)
+    again, _ = plot.interquartile_mean(returns, repetitions=200)
+    np.testing.assert_array_equal(mean, again)
+
+
+def curve(minutes, returns, steps=(100, 200, 300)):
+    returns = np.array(returns, dtype=float)
+    return plot.Curve(np.array(steps), np.array(minutes, dtype=float), returns, returns)
+
+
+def test_curves_by_time_are_interpolated_where_all_seeds_were():
+    two = curve([[1, 2, 3], [2, 4, 6]], [[0, 10, 20], [0, 10, 20]])
+    grid, returns = plot.by_time(two, two.stochastic, points=3)
+    np.testing.assert_allclose(grid, [2, 2.5, 3])
+    np.testing.assert_allclose(returns, [[10, 15, 20], [0, 2.5, 5]])
+
+
+def test_the_time_to_a_threshold_is_the_median_of_its_first_crossing():
+    steps = np.broadcast_to([100, 200, 300], (3, 3))
+    returns = np.array([[0, 5, 0], [5, 0, 0], [0, 0, 5]])
+    assert plot.to_threshold(steps, returns, 5) == "200"
+    assert plot.to_threshold(steps / 100, returns, 5) == "2"
+    assert plot.to_threshold(steps, returns * [[1], [1], [0]], 5) == "200 (2 of 3)"
+    assert plot.to_threshold(steps, returns, 6) == "never (0 of 3)"
+
+
+def test_a_table_has_each_seed_and_levels_without_a_curve():
+    claim = Claim("", {"b": "", "a": ""}, ["--env-id E-v0"], threshold={"E-v0": 5})
+    level = curve([[0]], [[7]], steps=[0])
+    data = {"E-v0": {"a": curve([[1, 2, 3]] * 2, [[0, 4, 5], [1, 2, 3]]), "expert": level,
+                     "b": curve([[1, 2]], [[9, 8]], steps=(100, 200))}}  # fmt: skip
+    lines = plot.table(data, claim).splitlines()
+    assert lines[2].startswith("| **E-v0**, 300 steps, threshold 5 |")
+    assert lines[3] == "| b after 200 | 8.0 | 8.0 | 8.0 | 9.0 at 100 | 100 | 1 |"
+    never = "never (1 of 2)"
+    assert lines[4] == (
+        f"| a | 5.0, 3.0 | 5.0, 3.0 | 4.0 [3.0, 5.0] | 4.0 at 300 | {never} | {never} |"
+    )
+    assert lines[5] == "| expert | 7.0 | 7.0 |  |  |  |  |"
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_picture_has_a_curve_for_each_method_and_clock(tmp_path, monkeypatch):
+    axes = []
+    monkeypatch.setattr(plt, "close", lambda figure: axes.extend(figure.axes))
+    level = curve([[0]], [[7]], steps=[0])
+    both = {"S2PG-SAC": curve([[1, 2, 3]] * 3, np.eye(3)), "expert": level}
+    claim = Claim("", {"S2PG-SAC": ""}, [], threshold={"B-v0": 1})
+    plot.draw({"A-v0": both, "B-v0": both}, claim, tmp_path / "a.png")
+    assert [len(panel.lines) for panel in axes] == [2, 3, 2, 3]  # A, B by steps; A, B by minutes
+    assert axes[2].get_xlabel() == "minutes of training on one core"
+    axes.clear()
+    plot.draw({"A-v0": both}, claim._replace(clock=False), tmp_path / "b.png")
+    assert [len(panel.lines) for panel in axes] == [2]

@@ -147,6 +147,10 @@ class Args:
     """CPU threads of torch; more than one rarely pays for networks of this size"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """of float32 matrix products: "medium" computes them in bfloat16 where the hardware can"""
+    compile: bool = False
+    """on CUDA: torch.compile the losses"""
+    cudagraphs: bool = False
+    """on CUDA: capture an update as a graph, and replay it with one launch"""
 
 
 # What a task wants different from the defaults; options on the command line come before these.
@@ -298,7 +302,7 @@ class Rollout:
         """Write the next row, or a part of it: arrays or tensors [num_envs, ...] by their names."""
         for name, value in row.items():
             rows = getattr(self, name)
-            rows[self.length] = torch.as_tensor(value, device=rows.device)
+            rows[self.length] = to_device(value, rows.device)
         self.length += 1
 
     def clear(self):
@@ -425,9 +429,13 @@ class BPTTPPO:
         self.critic = RecurrentCritic(critic_dim, action_dim, args.state_dim, args.rnn).to(device)
         self.z_dim = self.actor.z_dim + self.critic.z_dim  # both have a memory
         self.parameters = [*self.actor.parameters(), *self.critic.parameters()]
+        self.lr = torch.tensor(args.learning_rate, device=device)  # for a graph to read
         self.optimizer = torch.optim.Adam(
-            self.parameters, lr=args.learning_rate, eps=1e-5, fused=True
+            self.parameters, lr=self.lr, eps=1e-5, fused=True, capturable=device.type == "cuda"
         )
+        if args.cudagraphs:
+            raise ValueError("--cudagraphs is not for BPTT-PPO, whose minibatches vary in shape")
+        self.loss = torch.compile(bptt_ppo_loss) if args.compile else bptt_ppo_loss
         self.row_sizes = obs_dim, critic_dim, self.z_dim, action_dim
 
     def make_rollout(self):
@@ -437,7 +445,7 @@ class BPTTPPO:
     @torch.no_grad()
     def act(self, obs, critic_obs, z, a_prev):
         """A sample a [N, A] with its log-density [N], z' [N, Z], and the value [N]."""
-        obs, critic_obs = (torch.as_tensor(x, device=self.device) for x in (obs, critic_obs))
+        obs, critic_obs = (to_device(x, self.device) for x in (obs, critic_obs))
         z_actor, z_critic = z.split([self.actor.z_dim, self.critic.z_dim], -1)
         mean, z_actor = self.actor.step(obs, z_actor, a_prev)
         a = mean + self.actor.log_std.exp() * torch.randn_like(mean)
@@ -476,7 +484,7 @@ class BPTTPPO:
                     obs[t, n], state[t, n], rows["z"][t[0], n], rows["a_prev"][t, n], row, column,
                     *(values[t[row, column], n[column]] for values in transitions),
                 )  # fmt: skip
-                loss, losses, log_ratio = bptt_ppo_loss(self.actor, self.critic, minibatch, args)
+                loss, losses, log_ratio = self.loss(self.actor, self.critic, minibatch, args)
                 self.optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
@@ -492,7 +500,7 @@ class BPTTPPO:
         self.actor.normalizer.update(rows["obs"][:-1].flatten(0, 1))
         self.critic.normalizer.update(rows["critic_obs"][:-1].flatten(0, 1))
         unexplained = (returns - value)[valid].var(correction=0)
-        losses |= dict(
+        losses = losses | dict(
             old_approx_kl=-log_ratio.mean(), approx_kl=approx_kl,
             clipfrac=((ratio - 1).abs() > args.clip_coef).float().mean(),
             explained_variance=1 - unexplained / (returns[valid].var(correction=0) + 1e-8),
@@ -501,6 +509,44 @@ class BPTTPPO:
 
 
 Agent = BPTTPPO  # what `train` and `replay` work with
+
+
+class Graphed:
+    """`function`, captured as a CUDA graph in its fourth call and replayed from then on.
+
+    All its kernels then take one launch. A replay repeats the kernels and not the Python, so what
+    changes between two calls must lie in tensors that are written in place; and it overwrites
+    what the call before returned. There is one graph for each combination of arguments.
+    """
+
+    def __init__(self, function):
+        self.function, self.calls, self.graphs = function, collections.Counter(), {}
+
+    def __call__(self, *args):
+        self.calls[args] += 1
+        if self.calls[args] <= 3:  # on a side stream, as the capture: they create what it reuses
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = self.function(*args)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if args not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = self.function(*args)
+            self.graphs[args] = graph, result
+        graph, result = self.graphs[args]
+        graph.replay()
+        return result
+
+
+def to_device(array, device):
+    """A host array as a tensor; to a CUDA card through page-locked memory, without waiting."""
+    tensor = torch.as_tensor(array)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
 
 
 def make_env(args, num_envs, video_folder=None):
@@ -557,7 +603,7 @@ def evaluate(actor, env, episodes, deterministic, seed):
         a_prev = torch.zeros(n, actor.action_dim, device=device)
         final = np.zeros(n, dtype=bool)  # rows that hold the last observation of an episode
         while any(len(p) < share for p, share in zip(played, shares)):
-            policy_obs = torch.as_tensor(obs["policy"], device=device)
+            policy_obs = to_device(obs["policy"], device)
             action, z = actor.act(policy_obs, z, a_prev, deterministic)
             a = action.cpu().numpy()
             next_obs, reward, terminated, truncated, _ = env.step(a)
@@ -568,7 +614,7 @@ def evaluate(actor, env, episodes, deterministic, seed):
                 if final[i]:
                     played[i].append([np.array(column) for column in zip(*rows[i])])
                     rows[i] = []
-            keep = torch.as_tensor(~final, device=device).unsqueeze(-1)
+            keep = to_device(~final, device).unsqueeze(-1)
             z, a_prev = z * keep, action * keep
             obs, final = next_obs, terminated | truncated
     names = "actions", "rewards", "terminations", "truncations"
@@ -623,9 +669,11 @@ def load_checkpoint(run_dir, agent):
     try:
         for name, saved in state["parts"].items():
             part = getattr(agent, name)
-            for i, group in enumerate(saved.get("param_groups", [])):
-                group["lr"] = part.param_groups[i]["lr"]  # the options may ask for another
+            before = getattr(part, "param_groups", [])
             part.load_state_dict(saved)
+            for group, own in zip(getattr(part, "param_groups", []), before):
+                # the options, or the device, may want another
+                group |= dict(lr=own["lr"], capturable=own["capturable"])
         for name, tensor in state["tensors"].items():
             getattr(agent, name).data.copy_(tensor)
     except (RuntimeError, ValueError) as error:
@@ -638,8 +686,17 @@ def passed(every, last_step, step):
     return every > 0 and step // every > last_step // every
 
 
-def train(args):
+def choose_device(args):
+    """CUDA if there is a card and `args` allow it; without one, what is for CUDA alone is off."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and (args.compile or args.cudagraphs):
+        args.compile = args.cudagraphs = False
+        print("--compile and --cudagraphs are off, as no CUDA card is used")
+    return device
+
+
+def train(args):
+    device = choose_device(args)
     torch.manual_seed(args.seed)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}"
     run_dir = os.path.normpath(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
@@ -713,7 +770,7 @@ def train(args):
                 writer.add_scalar("charts/episodic_length", info["episode"]["l"][i], env_step[i])
                 bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
             # ... and so does the memory
-            keep = torch.as_tensor(~final, device=device).unsqueeze(-1)
+            keep = to_device(~final, device).unsqueeze(-1)
             z, a_prev = z_next * keep, clipped * keep
             obs, first, final = next_obs, final, terminated | truncated
 
@@ -724,7 +781,7 @@ def train(args):
                 lr = args.learning_rate
                 if args.anneal_lr:
                     lr *= 1 - rollout_step / args.total_timesteps
-                agent.optimizer.param_groups[0]["lr"] = lr
+                agent.lr.fill_(lr)
                 metrics, rollout_step = agent.update(rollout), global_step
                 check_finite(metrics)
                 for name, value in metrics.items():
@@ -758,7 +815,7 @@ def train(args):
 
 def replay(args):
     """Evaluate a trained policy: print its returns, record videos and demonstrations."""
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    device = choose_device(args)
     for mode in ("deterministic", "stochastic"):
         record = mode == "deterministic"
         videos = f"{args.evaluate}/videos/evaluation-{time.time():.0f}"

@@ -183,6 +183,10 @@ class Args:
     """CPU threads of torch; more than one rarely pays for networks of this size"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """of float32 matrix products: "medium" computes them in bfloat16 where the hardware can"""
+    compile: bool = False
+    """on CUDA: torch.compile the losses"""
+    cudagraphs: bool = False
+    """on CUDA: capture an update as a graph, and replay it with one launch"""
 
 
 # What a task wants different from the defaults; options on the command line come before these.
@@ -464,7 +468,7 @@ class Rollout:
         """Write the next row, or a part of it: arrays or tensors [num_envs, ...] by their names."""
         for name, value in row.items():
             rows = getattr(self, name)
-            rows[self.length] = torch.as_tensor(value, device=rows.device)
+            rows[self.length] = to_device(value, rows.device)
         self.length += 1
 
     def clear(self):
@@ -570,9 +574,14 @@ class S2PGPPO:
         self.actor, self.z_dim = actor.to(device), actor.z_dim
         self.critic = Critic(critic_dim, self.z_dim, action_dim).to(device)
         self.parameters = [*self.actor.parameters(), *self.critic.parameters()]
+        self.lr = torch.tensor(args.learning_rate, device=device)  # for a graph to read
         self.optimizer = torch.optim.Adam(
-            self.parameters, lr=args.learning_rate, eps=1e-5, fused=True
+            self.parameters, lr=self.lr, eps=1e-5, fused=True, capturable=device.type == "cuda"
         )
+        self.loss = torch.compile(s2pg_ppo_loss) if args.compile else s2pg_ppo_loss
+        if args.cudagraphs:
+            self.learn = Graphed(self.learn)
+        self.static = None  # an index and a batch, in memory that a graph can read again and again
         self.row_sizes = obs_dim, critic_dim, self.z_dim, action_dim
 
     def make_rollout(self):
@@ -582,7 +591,7 @@ class S2PGPPO:
     @torch.no_grad()
     def act(self, obs, critic_obs, z, a_prev):
         """Samples a [N, A] and z' [N, Z] with their joint log-density [N], and the value [N]."""
-        obs, critic_obs = (torch.as_tensor(x, device=self.device) for x in (obs, critic_obs))
+        obs, critic_obs = (to_device(x, self.device) for x in (obs, critic_obs))
         mean = self.actor(self.actor.normalizer(obs), z, a_prev)
         sample = mean + self.actor.log_std.exp() * torch.randn_like(mean)
         log_prob = gaussian_log_prob(sample, mean, self.actor.log_std)
@@ -616,17 +625,23 @@ class S2PGPPO:
         )
         batch = Batch(*(column[valid] for column in batch))
 
-        minibatches = min(args.num_minibatches, len(batch.obs))
+        n, most = len(batch.obs), args.num_steps * args.num_envs
+        if self.static is None:
+            static = Batch(*(column.new_zeros(most, *column.shape[1:]) for column in batch))
+            self.static = torch.zeros(most, dtype=torch.int64, device=self.device), static
+        for static, column in zip(self.static[1], batch):
+            static[:n] = column
+
+        minibatches = min(args.num_minibatches, n)
+        size = math.ceil(n / minibatches)
         for _ in range(args.update_epochs):
-            order, log_ratios = torch.randperm(len(batch.obs), device=self.device), []
-            for columns in zip(*(column[order].tensor_split(minibatches) for column in batch)):
-                minibatch = Batch(*columns)
-                loss, losses, log_ratio = s2pg_ppo_loss(self.actor, self.critic, minibatch, args)
-                self.optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
-                self.optimizer.step()
-                log_ratios.append(log_ratio)
+            # all of one size, as a graph needs it: the last takes what it lacks from the first
+            order = torch.randperm(n, device=self.device).repeat(2)
+            log_ratios = []
+            for index in order[: minibatches * size].view(minibatches, size):
+                self.static[0][:size] = index
+                losses, log_ratio = self.learn(size)
+                log_ratios.append(log_ratio.clone())
             log_ratio = torch.cat(log_ratios)
             ratio = log_ratio.exp()
             approx_kl = (ratio - 1 - log_ratio).mean()
@@ -637,12 +652,23 @@ class S2PGPPO:
         self.actor.normalizer.update(rows["obs"][:-1].flatten(0, 1))
         self.critic.normalizer.update(rows["critic_obs"][:-1].flatten(0, 1))
         unexplained = (returns - value)[valid].var(correction=0)
-        losses |= dict(
+        losses = losses | dict(
             old_approx_kl=-log_ratio.mean(), approx_kl=approx_kl,
             clipfrac=((ratio - 1).abs() > args.clip_coef).float().mean(),
             explained_variance=1 - unexplained / (returns[valid].var(correction=0) + 1e-8),
         )  # fmt: skip
         return {f"losses/{name}": value.detach() for name, value in losses.items()}
+
+    def learn(self, size):
+        """A gradient step on the first `size` of the index; returns losses and log rho [size]."""
+        index, batch = self.static
+        minibatch = Batch(*(column[index[:size]] for column in batch))
+        loss, losses, log_ratio = self.loss(self.actor, self.critic, minibatch, self.args)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
+        self.optimizer.step()
+        return losses, log_ratio
 
 
 class S2PGGAIL(S2PGPPO):
@@ -728,6 +754,44 @@ class S2PGGAIL(S2PGPPO):
 Agent = S2PGGAIL  # what `train` and `replay` work with
 
 
+class Graphed:
+    """`function`, captured as a CUDA graph in its fourth call and replayed from then on.
+
+    All its kernels then take one launch. A replay repeats the kernels and not the Python, so what
+    changes between two calls must lie in tensors that are written in place; and it overwrites
+    what the call before returned. There is one graph for each combination of arguments.
+    """
+
+    def __init__(self, function):
+        self.function, self.calls, self.graphs = function, collections.Counter(), {}
+
+    def __call__(self, *args):
+        self.calls[args] += 1
+        if self.calls[args] <= 3:  # on a side stream, as the capture: they create what it reuses
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = self.function(*args)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if args not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = self.function(*args)
+            self.graphs[args] = graph, result
+        graph, result = self.graphs[args]
+        graph.replay()
+        return result
+
+
+def to_device(array, device):
+    """A host array as a tensor; to a CUDA card through page-locked memory, without waiting."""
+    tensor = torch.as_tensor(array)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
+
+
 def descend(optimizer, loss):
     """One step of `optimizer`; gradients are computed for its own parameters only."""
     optimizer.zero_grad()
@@ -789,7 +853,7 @@ def evaluate(actor, env, episodes, deterministic, seed):
         a_prev = torch.zeros(n, actor.action_dim, device=device)
         final = np.zeros(n, dtype=bool)  # rows that hold the last observation of an episode
         while any(len(p) < share for p, share in zip(played, shares)):
-            policy_obs = torch.as_tensor(obs["policy"], device=device)
+            policy_obs = to_device(obs["policy"], device)
             action, z = actor.act(policy_obs, z, a_prev, deterministic)
             a = action.cpu().numpy()
             next_obs, reward, terminated, truncated, _ = env.step(a)
@@ -800,7 +864,7 @@ def evaluate(actor, env, episodes, deterministic, seed):
                 if final[i]:
                     played[i].append([np.array(column) for column in zip(*rows[i])])
                     rows[i] = []
-            keep = torch.as_tensor(~final, device=device).unsqueeze(-1)
+            keep = to_device(~final, device).unsqueeze(-1)
             z, a_prev = z * keep, action * keep
             obs, final = next_obs, terminated | truncated
     names = "actions", "rewards", "terminations", "truncations"
@@ -855,9 +919,11 @@ def load_checkpoint(run_dir, agent):
     try:
         for name, saved in state["parts"].items():
             part = getattr(agent, name)
-            for i, group in enumerate(saved.get("param_groups", [])):
-                group["lr"] = part.param_groups[i]["lr"]  # the options may ask for another
+            before = getattr(part, "param_groups", [])
             part.load_state_dict(saved)
+            for group, own in zip(getattr(part, "param_groups", []), before):
+                # the options, or the device, may want another
+                group |= dict(lr=own["lr"], capturable=own["capturable"])
         for name, tensor in state["tensors"].items():
             getattr(agent, name).data.copy_(tensor)
     except (RuntimeError, ValueError) as error:
@@ -870,8 +936,17 @@ def passed(every, last_step, step):
     return every > 0 and step // every > last_step // every
 
 
-def train(args):
+def choose_device(args):
+    """CUDA if there is a card and `args` allow it; without one, what is for CUDA alone is off."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and (args.compile or args.cudagraphs):
+        args.compile = args.cudagraphs = False
+        print("--compile and --cudagraphs are off, as no CUDA card is used")
+    return device
+
+
+def train(args):
+    device = choose_device(args)
     torch.manual_seed(args.seed)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}"
     run_dir = os.path.normpath(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
@@ -955,7 +1030,7 @@ def train(args):
                 writer.add_scalar("charts/episodic_length", info["episode"]["l"][i], env_step[i])
                 bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
             # ... and so does the memory
-            keep = torch.as_tensor(~final, device=device).unsqueeze(-1)
+            keep = to_device(~final, device).unsqueeze(-1)
             z, a_prev = z_next * keep, clipped * keep
             obs, first, final = next_obs, final, terminated | truncated
 
@@ -966,7 +1041,7 @@ def train(args):
                 lr = args.learning_rate
                 if args.anneal_lr:
                     lr *= 1 - rollout_step / args.total_timesteps
-                agent.optimizer.param_groups[0]["lr"] = lr
+                agent.lr.fill_(lr)
                 metrics, rollout_step = agent.update(rollout, demonstrations), global_step
                 check_finite(metrics)
                 for name, value in metrics.items():
@@ -1000,7 +1075,7 @@ def train(args):
 
 def replay(args):
     """Evaluate a trained policy: print its returns, record videos and demonstrations."""
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    device = choose_device(args)
     for mode in ("deterministic", "stochastic"):
         record = mode == "deterministic"
         videos = f"{args.evaluate}/videos/evaluation-{time.time():.0f}"

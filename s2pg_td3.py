@@ -148,6 +148,10 @@ class Args:
     """CPU threads of torch; more than one rarely pays for networks of this size"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """of float32 matrix products: "medium" computes them in bfloat16 where the hardware can"""
+    compile: bool = False
+    """on CUDA: torch.compile the losses"""
+    cudagraphs: bool = False
+    """on CUDA: capture an update as a graph, and replay it with one launch"""
 
 
 # What a task wants different from the defaults; options on the command line come before these.
@@ -287,19 +291,19 @@ class RowBuffer:
     def add(self, obs, critic_obs, z, action, reward, terminated, first):
         """Write a row per environment: arrays or tensors [num_envs, ...], `first` a bool array."""
         rows = slice(self.cursor * self.num_envs, (self.cursor + 1) * self.num_envs)
-        self.obs[rows] = torch.as_tensor(obs, device=self.device)
+        self.obs[rows] = to_device(obs, self.device)
         if self.critic_obs is not self.obs:
-            self.critic_obs[rows] = torch.as_tensor(critic_obs, device=self.device)
+            self.critic_obs[rows] = to_device(critic_obs, self.device)
         self.z[rows], self.action[rows] = z, action
-        self.reward[rows] = torch.as_tensor(reward, dtype=torch.float32, device=self.device)
-        self.terminated[rows] = torch.as_tensor(terminated, device=self.device)
-        self.first[rows] = torch.as_tensor(first, device=self.device)
+        self.reward[rows] = to_device(reward, self.device)
+        self.terminated[rows] = to_device(terminated, self.device)
+        self.first[rows] = to_device(first, self.device)
 
         # the rows before these have become transitions wherever the episode goes on
         previous, continued = (self.cursor - 1) % self.slots, np.flatnonzero(~first)
         tail = (self.head + self.size + np.arange(len(continued))) % len(self.transitions)
-        index = torch.as_tensor(previous * self.num_envs + continued, device=self.device)
-        self.transitions[torch.as_tensor(tail, device=self.device)] = index
+        index = to_device(previous * self.num_envs + continued, self.device)
+        self.transitions[to_device(tail, self.device)] = index
         self.links[previous] = len(continued)
         self.size += len(continued)
 
@@ -309,7 +313,8 @@ class RowBuffer:
         leaving, self.links[self.cursor] = int(self.links[self.cursor]), 0
         self.head = (self.head + leaving) % len(self.transitions)
         self.size -= leaving
-        self.counters.copy_(torch.tensor([self.head, self.size, self.cursor, self.written]))
+        counters = [self.head, self.size, self.cursor, self.written]
+        self.counters.copy_(to_device(counters, self.device))
 
     def draw(self, batch_size):
         """Indices [batch_size] of transitions, uniformly with replacement."""
@@ -429,14 +434,15 @@ class S2PGTD3:
         self.online = [*self.actor.parameters(), *self.critic.parameters()]
         self.targets = [*self.target_actor.parameters(), *self.target_critic.parameters()]
 
-        self.critic_optimizer = torch.optim.Adam(
-            self.critic.parameters(), lr=args.critic_lr, fused=True
-        )
-        self.actor_optimizer = torch.optim.Adam(
-            self.actor.parameters(), lr=args.actor_lr, fused=True
-        )
+        adam = functools.partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        self.critic_optimizer = adam(self.critic.parameters(), lr=args.critic_lr)
+        self.actor_optimizer = adam(self.actor.parameters(), lr=args.actor_lr)
         self.updates = torch.tensor(0)  # on the CPU, and a tensor so that checkpoints hold it
         self.losses = {}
+        compiled = torch.compile if args.compile else lambda function: function
+        self.critic_loss, self.actor_loss = compiled(td3_critic_loss), compiled(td3_actor_loss)
+        if args.cudagraphs:
+            self.learn = Graphed(self.learn)
         # where the critic sees what the policy sees, one copy of it will do
         self.row_sizes = obs_dim, critic_dim if privileged else None, self.z_dim, action_dim
 
@@ -449,31 +455,72 @@ class S2PGTD3:
 
         Returns what to log, as tensors on the device; the actor's loss is that of its last step.
         """
+        self.updates += 1
+        self.losses |= self.learn(buffer, int(self.updates) % self.args.policy_frequency == 0)
+        return self.losses
+
+    def learn(self, buffer, everything):
+        """One gradient step of the critic, or of everything; returns what to log of it."""
         args = self.args
         batch = buffer.sample(args.batch_size, self.critic_sees_z)
 
-        qf_loss, q = td3_critic_loss(
+        qf_loss, q = self.critic_loss(
             self.target_actor, self.critic, self.target_critic, batch,
             args.policy_noise, args.noise_clip, args.gamma,
         )  # fmt: skip
         descend(self.critic_optimizer, qf_loss)
-        self.losses |= dict(
-            qf1_values=q[0].mean(), qf2_values=q[1].mean(), qf_loss=qf_loss.detach()
-        )
+        losses = dict(qf1_values=q[0].mean(), qf2_values=q[1].mean(), qf_loss=qf_loss)
 
-        self.updates += 1
-        if self.updates % args.policy_frequency == 0:
-            actor_loss, z_next = td3_actor_loss(self.actor, self.critic, batch)
+        if everything:
+            actor_loss, z_next = self.actor_loss(self.actor, self.critic, batch)
             descend(self.actor_optimizer, actor_loss)
-            self.losses |= dict(actor_loss=actor_loss.detach())
+            losses["actor_loss"] = actor_loss
             with torch.no_grad():  # theta' <- theta' + tau (theta - theta')
                 torch._foreach_lerp_(self.targets, self.online, args.tau)
             if args.refresh:  # from the means of the actor loss, one gradient step old and free
                 buffer.refresh(batch, perturbed(z_next, args.exploration_noise_z))
-        return {f"losses/{name}": value for name, value in self.losses.items()}
+        return {f"losses/{name}": value.detach() for name, value in losses.items()}
 
 
 Agent = S2PGTD3  # what `train` and `replay` work with
+
+
+class Graphed:
+    """`function`, captured as a CUDA graph in its fourth call and replayed from then on.
+
+    All its kernels then take one launch. A replay repeats the kernels and not the Python, so what
+    changes between two calls must lie in tensors that are written in place; and it overwrites
+    what the call before returned. There is one graph for each combination of arguments.
+    """
+
+    def __init__(self, function):
+        self.function, self.calls, self.graphs = function, collections.Counter(), {}
+
+    def __call__(self, *args):
+        self.calls[args] += 1
+        if self.calls[args] <= 3:  # on a side stream, as the capture: they create what it reuses
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = self.function(*args)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if args not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = self.function(*args)
+            self.graphs[args] = graph, result
+        graph, result = self.graphs[args]
+        graph.replay()
+        return result
+
+
+def to_device(array, device):
+    """A host array as a tensor; to a CUDA card through page-locked memory, without waiting."""
+    tensor = torch.as_tensor(array)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
 
 
 def descend(optimizer, loss):
@@ -537,7 +584,7 @@ def evaluate(actor, env, episodes, deterministic, seed):
         a_prev = torch.zeros(n, actor.action_dim, device=device)
         final = np.zeros(n, dtype=bool)  # rows that hold the last observation of an episode
         while any(len(p) < share for p, share in zip(played, shares)):
-            policy_obs = torch.as_tensor(obs["policy"], device=device)
+            policy_obs = to_device(obs["policy"], device)
             action, z = actor.act(policy_obs, z, a_prev, deterministic)
             a = action.cpu().numpy()
             next_obs, reward, terminated, truncated, _ = env.step(a)
@@ -548,7 +595,7 @@ def evaluate(actor, env, episodes, deterministic, seed):
                 if final[i]:
                     played[i].append([np.array(column) for column in zip(*rows[i])])
                     rows[i] = []
-            keep = torch.as_tensor(~final, device=device).unsqueeze(-1)
+            keep = to_device(~final, device).unsqueeze(-1)
             z, a_prev = z * keep, action * keep
             obs, final = next_obs, terminated | truncated
     names = "actions", "rewards", "terminations", "truncations"
@@ -603,9 +650,11 @@ def load_checkpoint(run_dir, agent):
     try:
         for name, saved in state["parts"].items():
             part = getattr(agent, name)
-            for i, group in enumerate(saved.get("param_groups", [])):
-                group["lr"] = part.param_groups[i]["lr"]  # the options may ask for another
+            before = getattr(part, "param_groups", [])
             part.load_state_dict(saved)
+            for group, own in zip(getattr(part, "param_groups", []), before):
+                # the options, or the device, may want another
+                group |= dict(lr=own["lr"], capturable=own["capturable"])
         for name, tensor in state["tensors"].items():
             getattr(agent, name).data.copy_(tensor)
     except (RuntimeError, ValueError) as error:
@@ -618,8 +667,17 @@ def passed(every, last_step, step):
     return every > 0 and step // every > last_step // every
 
 
-def train(args):
+def choose_device(args):
+    """CUDA if there is a card and `args` allow it; without one, what is for CUDA alone is off."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and (args.compile or args.cudagraphs):
+        args.compile = args.cudagraphs = False
+        print("--compile and --cudagraphs are off, as no CUDA card is used")
+    return device
+
+
+def train(args):
+    device = choose_device(args)
     torch.manual_seed(args.seed)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}"
     run_dir = os.path.normpath(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
@@ -674,7 +732,7 @@ def train(args):
     with writer, bar:
         writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
         while True:
-            policy_obs = torch.as_tensor(obs["policy"], device=device)
+            policy_obs = to_device(obs["policy"], device)
             with torch.no_grad():
                 action, z_next = agent.actor.act(policy_obs, z, a_prev)
             if global_step < args.learning_starts:
@@ -682,6 +740,9 @@ def train(args):
             a = action.cpu().numpy()
             if not np.isfinite(a).all():
                 check_finite(metrics | {"the action": action})
+            while updates_due >= 1:  # a CUDA card works on them while the environment steps
+                metrics = agent.update(buffer)
+                updates_due -= 1
             next_obs, reward, terminated, truncated, info = env.step(a)
             buffer.add(policy_obs, obs["critic"], z, action, reward, terminated, first)
 
@@ -695,15 +756,12 @@ def train(args):
                 writer.add_scalar("charts/episodic_length", info["episode"]["l"][i], env_step[i])
                 bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
             # ... and so does the memory
-            keep = torch.as_tensor(~final, device=device).unsqueeze(-1)
+            keep = to_device(~final, device).unsqueeze(-1)
             z, a_prev = z_next * keep, action * keep
             obs, first, final = next_obs, final, terminated | truncated
 
             if buffer.size >= args.learning_starts:
                 updates_due += args.utd * (global_step - last_step)
-                while updates_due >= 1:
-                    metrics = agent.update(buffer)
-                    updates_due -= 1
 
             finished, stopped = global_step >= args.total_timesteps, bool(stop_signals)
             if passed(100, last_step, global_step):
@@ -740,7 +798,7 @@ def train(args):
 
 def replay(args):
     """Evaluate a trained policy: print its returns, record videos and demonstrations."""
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    device = choose_device(args)
     for mode in ("deterministic", "stochastic"):
         record = mode == "deterministic"
         videos = f"{args.evaluate}/videos/evaluation-{time.time():.0f}"

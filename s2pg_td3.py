@@ -457,7 +457,7 @@ class S2PGTD3:
         """
         self.updates += 1
         self.losses |= self.learn(buffer, int(self.updates) % self.args.policy_frequency == 0)
-        return self.losses
+        return dict(self.losses)
 
     def learn(self, buffer, everything):
         """One gradient step of the critic, or of everything; returns what to log of it."""

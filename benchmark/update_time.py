@@ -1,14 +1,15 @@
 """Speed of all methods, on random data of a task's sizes: one table for each algorithm.
 
     python benchmark/update_time.py --env-id Hopper-v4
-    python benchmark/update_time.py --env-id Humanoid-v4 --device cuda --algorithms sac td3
+    python benchmark/update_time.py --env-id Humanoid-v4 --device cuda --cudagraphs --compile
 
 SAC and TD3: milliseconds per gradient step of everything (sampling, critic, actor, temperatures,
 targets, refresh), for S2PG, the same without a memory, and BPTT, all with the same number of
 transitions in a batch. The floor is the time of the matrix products of one S2PG step alone,
 forward and backward, replayed on the same operands. PPO: milliseconds per epoch over a rollout, a
 tenth of an update of ten; and environment steps per second while collecting one, the simulator
-included.
+included. Runs: milliseconds of each part of a training step of S2PG-SAC, and of the whole, with one
+update per environment step, for 1 and for 16 environments.
 
 The methods take turns, round after round, so that a busy machine slows all of them alike; a table
 gives medians over the rounds, and ratios taken within a round.
@@ -44,8 +45,12 @@ class Args:
     """torch device"""
     batch_size: int = 256
     """transitions in an update"""
-    algorithms: tuple[Literal["sac", "td3", "ppo"], ...] = ("sac", "td3", "ppo")
+    algorithms: tuple[Literal["sac", "td3", "ppo", "runs"], ...] = ("sac", "td3", "ppo", "runs")
     """tables to print"""
+    compile: bool = False
+    """as in the scripts, for CUDA"""
+    cudagraphs: bool = False
+    """as in the scripts, for CUDA; BPTT-PPO has none"""
     rounds: int = 15
     """times that each method takes its turn; a third of it for PPO, whose turns are longer"""
     updates: int = 10
@@ -163,6 +168,7 @@ def off_policy(script, bptt, sizes, args):
             variants[f"BPTT, L = {length}, {loss_on}"] = bptt, variant
     steps = {}
     for name, (module, variant) in variants.items():
+        variant |= dict(compile=args.compile, cudagraphs=args.cudagraphs)
         options = module.Args(batch_size=args.batch_size, buffer_size=20_000, **variant)
         agent = module.Agent(options, *sizes, True, torch.device(args.device))
         buffer = fill(agent.make_buffer(), 10_000, sizes[-1])
@@ -195,7 +201,9 @@ def on_policy(sizes, args):
         variants[f"BPTT, L = {length}"] = bptt_ppo, dict(sequence_length=length)
     steps = {}
     for name, (module, variant) in variants.items():
-        agent = module.Agent(module.Args(**variant), *sizes, True, torch.device(args.device))
+        graphs = args.cudagraphs and module is s2pg_ppo
+        options = module.Args(compile=args.compile, cudagraphs=graphs, **variant)
+        agent = module.Agent(options, *sizes, True, torch.device(args.device))
         rollout = agent.make_rollout()
         fill_rollout(agent, rollout, sizes)
 
@@ -244,6 +252,49 @@ def collect(agent, env, rollout):
     rollout.clear()
 
 
+def training_steps(args, num_envs):
+    """{part: do it once} of S2PG-SAC's training with `num_envs` environments, and of the whole."""
+    options = s2pg_sac.Args(
+        env_id=args.env_id, hide="velocities", num_envs=num_envs, batch_size=args.batch_size,
+        buffer_size=20_000, compile=args.compile, cudagraphs=args.cudagraphs,
+    )  # fmt: skip
+    env, device = s2pg_sac.make_env(options, num_envs), torch.device(args.device)
+    agent = s2pg_sac.Agent(options, *s2pg_sac.dimensions(env), device)
+    buffer = fill(agent.make_buffer(), 10_000 // num_envs, agent.action_dim)
+    z = torch.zeros(num_envs, agent.z_dim, device=device)
+    action = torch.zeros(num_envs, agent.action_dim, device=device)
+    a = action.cpu().numpy()
+    env.reset()
+
+    @torch.no_grad()
+    def act():
+        policy_obs = s2pg_sac.to_device(step.obs["policy"], device)
+        step.sample = agent.actor.act(policy_obs, z, action)
+        return step.sample[0].cpu().numpy()
+
+    def update():
+        for _ in range(num_envs):
+            agent.update(buffer)
+
+    def step(a=a):
+        step.obs, step.reward, terminated, truncated, _ = env.step(a)
+        step.terminated, step.over = terminated, terminated | truncated
+
+    def store():
+        row = step.obs["policy"], step.obs["critic"], z, action, step.reward
+        buffer.add(*row, step.terminated, step.over)
+
+    def whole():
+        a = act()
+        update()
+        step(a)
+        store()
+
+    step()
+    parts = {"environment": step, "acting": act, "storing": store, "updates": update}
+    return parts | {"whole step": whole}
+
+
 def take_turns(steps, rounds, repeats, synchronize):
     """{method: milliseconds of one step [rounds]}."""
     milliseconds = {name: [] for name in steps}
@@ -259,12 +310,12 @@ def take_turns(steps, rounds, repeats, synchronize):
     return {name: np.array(times) for name, times in milliseconds.items()}
 
 
-def print_table(title, milliseconds):
-    """Medians, and the ratios to the memoryless method and to S2PG."""
-    print(f"\n{title:38s} {'median':>7s} {'x memoryless':>13s} {'x S2PG':>7s}")
+def print_table(title, milliseconds, bases=("memoryless", "S2PG")):
+    """Medians, and the ratios to some of the methods."""
+    print(f"\n{title:38s} {'median':>7s}", *(f"{f'x {base}':>13s}" for base in bases))
     for name, times in milliseconds.items():
-        ratios = [np.median(times / milliseconds[base]) for base in ("memoryless", "S2PG")]
-        print(f"{name:38s} {np.median(times):7.2f} {ratios[0]:13.2f} {ratios[1]:7.2f}")
+        ratios = [np.median(times / milliseconds[base]) for base in bases]
+        print(f"{name:38s} {np.median(times):7.2f}", *(f"{ratio:13.2f}" for ratio in ratios))
 
 
 def main(args: Args):
@@ -278,6 +329,7 @@ def main(args: Args):
     else:
         hardware = f"{cpu_name()}, {args.num_threads} thread(s)"
     versions = f"torch {torch.__version__}, matmul precision {args.matmul_precision}"
+    versions += ", compiled" * args.compile + ", CUDA graphs" * args.cudagraphs
     print("{} (o {}, s {}, a {})".format(args.env_id, *sizes), f"on {hardware}; {versions}")
 
     for algorithm, script, bptt in [("sac", s2pg_sac, bptt_sac), ("td3", s2pg_td3, None)]:
@@ -304,6 +356,14 @@ def main(args: Args):
             print_table(f"PPO, ms to collect 512 rows, {num_envs} envs", times)
             speeds = [f"{k} {512e3 / np.median(v):.0f}" for k, v in times.items()]
             print(f"rows per second: {', '.join(speeds)}")
+
+    if "runs" in args.algorithms:
+        for num_envs in (1, 16):
+            times = take_turns(training_steps(args, num_envs), args.rounds, 10, synchronize)
+            title = f"S2PG-SAC, ms of a step, {num_envs} envs"
+            print_table(title, times, bases=["whole step"])
+            speed = 1e3 * num_envs / np.median(times["whole step"])
+            print(f"{speed:.0f} environment steps and updates per second")
 
 
 def cpu_name():

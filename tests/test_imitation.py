@@ -759,14 +759,14 @@ def test_the_critic_prefers_the_world_of_the_expert(loss):
 
 def test_the_memory_of_both_is_refreshed_with_the_sample_of_the_actor_loss(monkeypatch):
     agent, buffer, expert = two_worlds()
-    samples, loss = [], s2pg_lsiq.soft_actor_loss
+    samples, loss = [], agent.actor_loss
 
     def spy(actor, critic, batch, *rest):
         result = loss(actor, critic, batch, *rest)
         samples.append((batch, result[1]))
         return result
 
-    monkeypatch.setattr(s2pg_lsiq, "soft_actor_loss", spy)
+    monkeypatch.setattr(agent, "actor_loss", spy)
     before = [part.z.clone() for part in (buffer, expert)]
     agent.update(buffer, expert)
     ((batch, z),) = samples

@@ -708,7 +708,7 @@ def test_the_critic_of_bptt_sees_h_where_it_is_told_or_lacks_the_state(
     assert agent.critic.net[0].weight.shape[1] == width + 2 * ACTION
     # the h of the transition in the state, the h' of its successor in the next
     seen, remembered = {}, []
-    remember, loss = agent.remember, bptt_sac.bptt_critic_loss
+    remember, loss = agent.remember, agent.critic_loss
 
     def watched_remember(batch):
         remembered.append(remember(batch))
@@ -719,7 +719,7 @@ def test_the_critic_of_bptt_sees_h_where_it_is_told_or_lacks_the_state(
         return loss(actor, critic, target_critic, batch, *rest)
 
     monkeypatch.setattr(agent, "remember", watched_remember)
-    monkeypatch.setattr(bptt_sac, "bptt_critic_loss", watched_loss)
+    monkeypatch.setattr(agent, "critic_loss", watched_loss)
     agent.update(buffer)
     assert seen["state"].shape[1] == seen["next_state"].shape[1] == width
     if agent.critic_sees_h:

@@ -166,10 +166,8 @@ def test_the_smoothed_action_and_internal_state_stay_in_their_intervals(sign):
 
 def test_an_update_takes_the_target_from_the_target_networks(monkeypatch):
     agent, buffer = make_agent(policy_noise=0.3, noise_clip=0.4, gamma=0.8)
-    given, loss = [], s2pg_td3.td3_critic_loss
-    monkeypatch.setattr(
-        s2pg_td3, "td3_critic_loss", lambda *args: given.append(args) or loss(*args)
-    )
+    given, loss = [], agent.critic_loss
+    monkeypatch.setattr(agent, "critic_loss", lambda *args: given.append(args) or loss(*args))
     agent.update(buffer)
     ((actor, critic, target_critic, _, *numbers),) = given
     assert actor is agent.target_actor and actor is not agent.actor

@@ -140,7 +140,8 @@ def on_policy(script, rollouts, device=CPU, **options):
     rollout = agent.make_rollout()
     more = (demonstrations(script, device),) if script is s2pg_gail else ()
     for number in range(rollouts):
-        z, a_prev = torch.zeros(1, 4, device=device), torch.zeros(1, SIZES[2], device=device)
+        z = torch.zeros(1, agent.z_dim, device=device)
+        a_prev = torch.zeros(1, SIZES[2], device=device)
         for step in range(25):
             obs, critic_obs, _, reward, terminated, _ = row(step + 100 * number, device)
             first = np.array([step % (20 - 7 * (number % 2)) == 0])
@@ -280,6 +281,14 @@ def test_compiled_losses_are_the_losses(script, one_graph):
 @each(*ON_POLICY)
 def test_compiled_losses_of_rollouts_are_the_losses(script, one_graph):
     assert_same(on_policy(script, 2), on_policy(script, 2, compile=True), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_losses_of_sequences_are_the_losses(monkeypatch):
+    """Here the recurrent layer breaks the graph, and shapes vary."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    one, other = on_policy(bptt_ppo, 2), on_policy(bptt_ppo, 2, compile=True)
+    assert_same(one, other, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
 
 
 def test_kernels_of_the_compiler_compute_the_losses(monkeypatch):

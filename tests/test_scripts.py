@@ -473,8 +473,9 @@ def test_updates_are_counted_per_environment_step(script, tmp_path, monkeypatch)
     update = agent.update
     monkeypatch.setattr(agent, "update", lambda *a: updates.append(1) or update(*a))
     script.train(quick_args(script, num_envs=3, utd=0.5, learning_starts=1, total_timesteps=60))
-    # the first transition is known after the second step of the three environments
-    assert len(updates) == (60 - 3) * 0.5 // 1
+    # the first transition is known after the second step of the three environments, and the
+    # updates of a step are done in the next one, of which there is none after the last
+    assert len(updates) == (60 - 3 - 3) * 0.5 // 1
 
 
 @each(*IMITATION)
@@ -653,7 +654,7 @@ def spy_on_acting(script, monkeypatch, record):
     """Calls `record(z, a_prev)` before each action of the training loop."""
     cls = script.Agent
     if script in OFF_POLICY:
-        cls = type(script.Agent(script.Args(), 2, 2, 1, False, "cpu").actor)
+        cls = type(script.Agent(script.Args(), 2, 2, 1, False, torch.device("cpu")).actor)
     act = cls.act
 
     def spy(self, *given):

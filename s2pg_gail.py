@@ -1007,7 +1007,10 @@ def train(args):
             writer.add_scalar(
                 "losses/bc_loss", agent.clone(demonstrations, stop_signals), global_step
             )
+            seconds = time.time() - start_time
+            writer.add_scalar("charts/seconds", seconds, global_step)
             result = log_returns(writer, agent.actor, eval_env, args, global_step)
+            start_time = time.time() - seconds
         while True:
             action, z_next, log_prob, value = agent.act(obs["policy"], obs["critic"], z, a_prev)
             clipped = action.clamp(-1, 1)

@@ -927,7 +927,10 @@ def train(args):
             writer.add_scalar(
                 "losses/bc_loss", agent.clone(demonstrations, stop_signals), global_step
             )
+            seconds = time.time() - start_time
+            writer.add_scalar("charts/seconds", seconds, global_step)
             result = log_returns(writer, agent.actor, eval_env, args, global_step)
+            start_time = time.time() - seconds
         expert = agent.make_expert_buffer(demonstrations)
         while True:
             policy_obs = to_device(obs["policy"], device)

@@ -45,18 +45,24 @@ class Args:
     """file for those"""
 
 
-def script_of(args):
-    """The name of the script that has just these options."""
+def script_of(args, folder):
+    """The name of the script that has just these options, those of the run in `folder`."""
     for name in SCRIPTS:
         if vars(importlib.import_module(name).Args()).keys() == args.keys():
             return name
-    raise ValueError("no script has these options; was it another version?")
+    raise ValueError(f"no script has the options of {folder}; was it another version?")
 
 
 def evaluations(folder, label=None, machine=None, only_step_0=False):
-    """Rows of one run: its evaluations, and the level of its expert if it has one."""
-    args = json.loads((folder / "args.json").read_text())
-    script = script_of(args)
+    """Rows of one run: its evaluations, and the level of its expert if it has one.
+
+    ValueError where the folder is no run of these scripts, or has no evaluation yet.
+    """
+    path = folder / "args.json"
+    if not path.exists():
+        raise ValueError(f"{folder} is no run: it holds no args.json")
+    args = json.loads(path.read_text())
+    script = script_of(args, folder)
     defaults = vars(importlib.import_module(script).Args())
     options = {k: v for k, v in args.items() if v != defaults[k] and k not in COLUMNS}
     for name in ("exp_name", "save_buffer"):
@@ -69,6 +75,8 @@ def evaluations(folder, label=None, machine=None, only_step_0=False):
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     tags = events.Tags()["scalars"]
+    if "charts/seconds" not in tags:
+        raise ValueError(f"{folder} has no evaluation yet")
     seconds = {event.step: event.value for event in events.Scalars("charts/seconds")}
     rows = []
     for deterministic, stochastic in zip(
@@ -100,26 +108,34 @@ def write(rows, path):
     print(f"{path}: {len(unique)} evaluations")
 
 
+def collect_claim(name, args):
+    """The CSV of what is finished of a claim. ValueError if nothing is."""
+    rows, claim = [], CLAIMS[name]
+    for run in sweep.runs_of(claim, args.out):
+        if not sweep.is_done(run):
+            print(f"not finished: {run.label}, {run.folder.name}")
+            continue
+        machine = json.loads((run.folder / "machine.json").read_text())
+        rows += evaluations(sweep.run_dir(run), run.label, machine, run.label in claim.cloning)
+    if not rows:
+        raise ValueError(f"no run of {name} is finished in {args.out}")
+    write(rows, Path(args.results, f"{name}.csv"))
+
+
 def main(args: Args):
     unknown = set(args.claims) - set(CLAIMS)
     if unknown:
         sys.exit(f"collect.py: no claim {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
     if not args.claims and not args.runs:
         sys.exit("collect.py: name claims, or --runs and their --csv")
-    for name in args.claims:
-        rows, claim = [], CLAIMS[name]
-        for run in sweep.runs_of(claim, args.out):
-            if not sweep.is_done(run):
-                print(f"not finished: {run.label}, {run.folder.name}")
-                continue
-            machine = json.loads((run.folder / "machine.json").read_text())
-            cloning = run.label in claim.cloning
-            rows += evaluations(sweep.run_dir(run), run.label, machine, cloning)
-        if not rows:
-            sys.exit(f"collect.py: no run of {name} is finished in {args.out}")
-        write(rows, Path(args.results, f"{name}.csv"))
-    if args.runs:
-        write([row for run in args.runs for row in evaluations(Path(run))], Path(args.csv))
+    try:
+        for name in args.claims:
+            collect_claim(name, args)
+        if args.runs:
+            rows = [row for run in args.runs for row in evaluations(Path(run))]
+            write(rows, Path(args.csv))
+    except (ValueError, OSError) as error:
+        sys.exit(f"collect.py: {error}")
 
 
 if __name__ == "__main__":

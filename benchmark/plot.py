@@ -265,6 +265,8 @@ def main(args: Args):
     results = ROOT / args.results
     if args.csv:
         claim, path = Claim("", {}, []), Path(args.csv)
+        if not path.exists():
+            sys.exit(f"plot.py: there is no file {path}")
         data = read(path, claim)
         draw(data, claim, path.with_suffix(".png"))
         print(table(data, claim))

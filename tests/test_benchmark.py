@@ -159,6 +159,8 @@ def test_a_run_that_fails_fails_the_sweep(tmp_path):
         ("collect", ["smok"], "no claim smok"),
         ("collect", [], "name claims"),
         ("collect", ["smoke"], "no run of smoke is finished"),
+        ("collect", ["--runs", "here"], "here is no run"),
+        ("plot", ["--csv", "nothing.csv"], "nothing.csv"),
         ("plot", ["smok"], "no claim smok"),
     ],
 )

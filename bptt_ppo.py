@@ -41,6 +41,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
@@ -150,7 +151,7 @@ class Args:
     compile: bool = False
     """on CUDA: torch.compile the losses"""
     cudagraphs: bool = False
-    """on CUDA: capture an update as a graph, and replay it with one launch"""
+    """not for BPTT-PPO, whose minibatches vary in shape: an error on CUDA"""
 
 
 # What a task wants different from the defaults; options on the command line come before these.
@@ -431,7 +432,7 @@ class BPTTPPO:
         self.parameters = [*self.actor.parameters(), *self.critic.parameters()]
         self.lr = torch.tensor(args.learning_rate, device=device)  # for a graph to read
         self.optimizer = torch.optim.Adam(
-            self.parameters, lr=self.lr, eps=1e-5, fused=True, capturable=device.type == "cuda"
+            self.parameters, lr=self.lr, eps=1e-5, fused=True, capturable=args.cudagraphs
         )
         if args.cudagraphs:
             raise ValueError("--cudagraphs is not for BPTT-PPO, whose minibatches vary in shape")
@@ -527,7 +528,9 @@ class Graphed:
         if self.calls[args] <= 3:  # on a side stream, as the capture: they create what it reuses
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), warnings.catch_warnings():
+                # of an optimiser that is made for a graph and not in one yet
+                warnings.filterwarnings("ignore", message=".*capturable=True")
                 result = self.function(*args)
             torch.cuda.current_stream().wait_stream(stream)
             return result

@@ -42,6 +42,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
@@ -142,7 +143,7 @@ class Args:
     num_steps: int = 2048
     """rows of a rollout in each environment"""
     num_minibatches: int = 32
-    """minibatches of an epoch, or as many as there are transitions"""
+    """minibatches that a full rollout is shared among; with final rows in it there may be fewer"""
     update_epochs: int = 10
     """epochs over a rollout"""
     gamma: float = 0.99
@@ -186,7 +187,7 @@ class Args:
     compile: bool = False
     """on CUDA: torch.compile the losses"""
     cudagraphs: bool = False
-    """on CUDA: capture an update as a graph, and replay it with one launch"""
+    """on CUDA: capture the step of a minibatch as a graph, and replay it with one launch"""
 
 
 # What a task wants different from the defaults; options on the command line come before these.
@@ -576,7 +577,7 @@ class S2PGPPO:
         self.parameters = [*self.actor.parameters(), *self.critic.parameters()]
         self.lr = torch.tensor(args.learning_rate, device=device)  # for a graph to read
         self.optimizer = torch.optim.Adam(
-            self.parameters, lr=self.lr, eps=1e-5, fused=True, capturable=device.type == "cuda"
+            self.parameters, lr=self.lr, eps=1e-5, fused=True, capturable=args.cudagraphs
         )
         self.loss = torch.compile(s2pg_ppo_loss) if args.compile else s2pg_ppo_loss
         if args.cudagraphs:
@@ -632,8 +633,8 @@ class S2PGPPO:
         for static, column in zip(self.static[1], batch):
             static[:n] = column
 
-        minibatches = min(args.num_minibatches, n)
-        size = math.ceil(n / minibatches)
+        size = min(n, math.ceil(most / args.num_minibatches))
+        minibatches = math.ceil(n / size)
         for _ in range(args.update_epochs):
             # all of one size, as a graph needs it: the last takes what it lacks from the first
             order = torch.randperm(n, device=self.device).repeat(2)
@@ -668,7 +669,7 @@ class S2PGPPO:
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
         self.optimizer.step()
-        return losses, log_ratio
+        return {name: value.detach() for name, value in losses.items()}, log_ratio
 
 
 class S2PGGAIL(S2PGPPO):
@@ -770,7 +771,9 @@ class Graphed:
         if self.calls[args] <= 3:  # on a side stream, as the capture: they create what it reuses
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), warnings.catch_warnings():
+                # of an optimiser that is made for a graph and not in one yet
+                warnings.filterwarnings("ignore", message=".*capturable=True")
                 result = self.function(*args)
             torch.cuda.current_stream().wait_stream(stream)
             return result

@@ -37,6 +37,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
@@ -456,7 +457,7 @@ class S2PGSAC:
         self.log_alpha = torch.tensor(math.log(args.alpha), device=device, requires_grad=True)
         self.log_alpha_z = torch.tensor(math.log(args.alpha_z), device=device, requires_grad=True)
 
-        adam = functools.partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        adam = functools.partial(torch.optim.Adam, fused=True, capturable=args.cudagraphs)
         self.critic_optimizer = adam(self.critic.parameters(), lr=args.critic_lr)
         parts = [
             dict(params=list(self.actor.parameters()), lr=args.actor_lr),
@@ -528,7 +529,9 @@ class Graphed:
         if self.calls[args] <= 3:  # on a side stream, as the capture: they create what it reuses
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), warnings.catch_warnings():
+                # of an optimiser that is made for a graph and not in one yet
+                warnings.filterwarnings("ignore", message=".*capturable=True")
                 result = self.function(*args)
             torch.cuda.current_stream().wait_stream(stream)
             return result

@@ -40,6 +40,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
@@ -434,7 +435,7 @@ class S2PGTD3:
         self.online = [*self.actor.parameters(), *self.critic.parameters()]
         self.targets = [*self.target_actor.parameters(), *self.target_critic.parameters()]
 
-        adam = functools.partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        adam = functools.partial(torch.optim.Adam, fused=True, capturable=args.cudagraphs)
         self.critic_optimizer = adam(self.critic.parameters(), lr=args.critic_lr)
         self.actor_optimizer = adam(self.actor.parameters(), lr=args.actor_lr)
         self.updates = torch.tensor(0)  # on the CPU, and a tensor so that checkpoints hold it
@@ -501,7 +502,9 @@ class Graphed:
         if self.calls[args] <= 3:  # on a side stream, as the capture: they create what it reuses
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), warnings.catch_warnings():
+                # of an optimiser that is made for a graph and not in one yet
+                warnings.filterwarnings("ignore", message=".*capturable=True")
                 result = self.function(*args)
             torch.cuda.current_stream().wait_stream(stream)
             return result

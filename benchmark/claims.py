@@ -9,7 +9,8 @@ class Claim(NamedTuple):
     """Every method on every task with every seed."""
 
     question: str
-    methods: dict[str, str]  # {label: script and options, which come after those of the task}
+    # {label: script and options, which come after those of the task; HORIZON stands for its steps}
+    methods: dict[str, str]
     tasks: list[str]  # options, among them --env-id
     seeds: int = 5  # 1, 2, ...
     threshold: dict[str, float] = {}  # {env_id: return}, to be reached soon  # noqa: RUF012
@@ -40,6 +41,9 @@ SAC_METHODS = {
     "SAC that sees everything": "s2pg_sac.py --memoryless --hide none",
 }
 
+HORIZONS = {
+    "CueRecall-v0": 20, "CueRecall-100-v0": 100, "CueRecall-300-v0": 300, "CueRecall-1000-v0": 1000,
+}  # fmt: skip
 CLAIMS = {
     "smoke": Claim(
         "Does the sweep work on this machine, or on this cluster? Half a minute, and no science.",
@@ -101,7 +105,7 @@ CLAIMS = {
             "S2PG-SAC": "s2pg_sac.py",
             "BPTT-SAC, L = 5, all rows": "bptt_sac.py --sequence-length 5 --loss-on all",
             "BPTT-SAC, L = 32, all rows": "bptt_sac.py --sequence-length 32 --loss-on all",
-            "BPTT-SAC, whole episodes": "bptt_sac.py --sequence-length 1000 --loss-on all",
+            "BPTT-SAC, whole episodes": "bptt_sac.py --sequence-length HORIZON --loss-on all",
         },
         [
             f"{CUE} CueRecall-v0 --total-timesteps 15000 --eval-frequency 1000",
@@ -220,9 +224,9 @@ CLAIMS = {
         "The same with LSIQ.",
         {"S2PG-LSIQ": "s2pg_lsiq.py", "memoryless LSIQ": "s2pg_lsiq.py --memoryless"},
         [
-            "--env-id InvertedPendulum-v4 --total-timesteps 40000 --eval-frequency 5000 "
-            f"--eval-episodes 8 {MEDIUM}",
-            "--env-id Hopper-v4 --batch-size 128 --total-timesteps 60000 --eval-frequency 5000 "
+            "--env-id InvertedPendulum-v4 --batch-size 128 --total-timesteps 15000 "
+            f"--eval-frequency 2500 --eval-episodes 8 {MEDIUM}",
+            "--env-id Hopper-v4 --batch-size 128 --total-timesteps 25000 --eval-frequency 5000 "
             f"--eval-episodes 8 {MEDIUM}",
         ],
         seeds=3,

@@ -5,9 +5,9 @@
 
 A row is one evaluation: environment, label, script, options that were not at their defaults, seed,
 step, seconds of training until then (evaluations do not count), mean return of the deterministic
-and of the stochastic policy, versions, commit and hardware. What is evaluated at step 0 alone is a
-level to compare with: the demonstrations of imitation runs (label "expert"), and cloning. Runs
-that are not finished are left out and named.
+and of the stochastic policy; of runs by sweep.py also versions, commit and hardware. What is
+evaluated at step 0 alone is a level to compare with: the demonstrations of imitation runs (label
+"expert"), and cloning. Runs of a claim that are not finished are left out and named.
 """
 
 import csv
@@ -37,6 +37,8 @@ class Args:
     """names of claims.py"""
     out: str = "runs/sweep"
     """the folder that sweep.py ran them in"""
+    cuda: bool = False
+    """those that it ran with --cuda"""
     results: str = "benchmark/results"
     """folder of the CSVs"""
     runs: tuple[str, ...] = ()
@@ -67,15 +69,14 @@ def evaluations(folder, label=None, machine=None, only_step_0=False):
     options = {k: v for k, v in args.items() if v != defaults[k] and k not in COLUMNS}
     for name in ("exp_name", "save_buffer"):
         options.pop(name, None)
-    machine = machine or sweep.machine()
-    origin = [
-        " ".join(f"{name}={version}" for name, version in machine["versions"].items()),
-        machine["commit"], machine["hardware"],
-    ]  # fmt: skip
+    origin = ["", "", ""]  # of a run that sweep.py did not make nobody knows
+    if machine is not None:
+        versions = " ".join(f"{name}={value}" for name, value in machine["versions"].items())
+        origin = [versions, machine["commit"], machine["hardware"]]
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     tags = events.Tags()["scalars"]
-    if "charts/seconds" not in tags:
+    if "eval/return_stochastic" not in tags:
         raise ValueError(f"{folder} has no evaluation yet")
     seconds = {event.step: event.value for event in events.Scalars("charts/seconds")}
     rows = []
@@ -97,8 +98,13 @@ def evaluations(folder, label=None, machine=None, only_step_0=False):
 
 
 def write(rows, path):
-    """The CSV, sorted; whole or not at all."""
-    unique = {tuple(row[i] for i in (0, 1, 4, 5)): row for row in rows}  # one expert for all seeds
+    """The CSV, sorted; whole or not at all. ValueError if two runs have one label and seed."""
+    unique = {}
+    for row in rows:
+        key = tuple(row[i] for i in (0, 1, 4, 5))
+        if key in unique and row[1] != "expert":
+            raise ValueError(f"two runs of {row[0]} are {row[1]}, seed {row[4]}")
+        unique[key] = row  # one expert for all seeds
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -111,7 +117,7 @@ def write(rows, path):
 def collect_claim(name, args):
     """The CSV of what is finished of a claim. ValueError if nothing is."""
     rows, claim = [], CLAIMS[name]
-    for run in sweep.runs_of(claim, args.out):
+    for run in sweep.runs_of(claim, args.out, cuda=args.cuda):
         if not sweep.is_done(run):
             print(f"not finished: {run.label}, {run.folder.name}")
             continue
@@ -132,7 +138,14 @@ def main(args: Args):
         for name in args.claims:
             collect_claim(name, args)
         if args.runs:
-            rows = [row for run in args.runs for row in evaluations(Path(run))]
+            rows = []
+            for run in args.runs:
+                try:
+                    rows += evaluations(Path(run))
+                except ValueError as error:
+                    print(f"left out: {error}")
+            if not rows:
+                raise ValueError("none of these is a run with an evaluation")
             write(rows, Path(args.csv))
     except (ValueError, OSError) as error:
         sys.exit(f"collect.py: {error}")

@@ -13,6 +13,7 @@ the end, as no statistic of three seeds says more than the three.
 
 import csv
 import dataclasses
+import json
 import re
 import sys
 from pathlib import Path
@@ -59,7 +60,11 @@ def read(path, claim):
         for row in csv.DictReader(file):
             seeds = points.setdefault(row["env_id"], {}).setdefault(row["label"], {})
             seed = seeds.setdefault(int(row["seed"]), {})
-            step = round(int(row["step"]), -2)  # several environments pass a multiple a bit late
+            options, step = json.loads(row["options"]), int(row["step"])
+            late = step % options.get("eval_frequency", 10_000)
+            step -= late * (
+                late < options.get("num_envs", 1)
+            )  # environments pass a multiple together
             if step in seed:
                 raise SystemExit(f"{path}: two runs are {row['label']}, seed {row['seed']}")
             columns = "wall_seconds", "return_stochastic", "return_deterministic"

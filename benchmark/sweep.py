@@ -25,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmark.claims import CLAIMS
+from benchmark.claims import CLAIMS, HORIZONS
 
 
 @dataclasses.dataclass
@@ -49,7 +50,9 @@ class Args:
     """labels of the methods, by default all of the claim"""
     out: str = "runs/sweep"
     """folder of all runs"""
-    processes: int = os.cpu_count() or 1
+    cuda: bool = False
+    """use a CUDA card where there is one; these are runs of their own"""
+    processes: int = len(os.sched_getaffinity(0))
     """runs at a time, on this machine or of the array job"""
     cluster: Literal["none", "local", "slurm"] = "none"
     """submit through submitit"""
@@ -69,7 +72,7 @@ def script_of(name):
     return importlib.import_module(Path(name).stem)
 
 
-def runs_of(claim, out, seeds=(), tasks=(), methods=()):
+def runs_of(claim, out, seeds=(), tasks=(), methods=(), cuda=False):
     """The runs of a claim. ValueError for a method or a task that it does not have."""
     task_ids = {task: task.split("--env-id ")[1].split()[0] for task in claim.tasks}
     for kind, wanted, known in [
@@ -81,7 +84,10 @@ def runs_of(claim, out, seeds=(), tasks=(), methods=()):
     for label, method in claim.methods.items():
         script, *own_options = method.split()
         for task, env_id in task_ids.items():
-            options = task.split() + own_options  # the last one counts
+            horizon = str(HORIZONS.get(env_id))
+            options = [*task.split(), *(o.replace("HORIZON", horizon) for o in own_options)]
+            if not cuda:
+                options.append("--no-cuda")
             key = hashlib.sha1(" ".join([script, *options]).encode()).hexdigest()[:8]
             if "save_buffer" in vars(script_of(script).Args()):
                 options.append("--save-buffer")
@@ -108,11 +114,12 @@ def is_done(run):
     path = run_dir(run)
     if path is None:
         return False
-    steps = torch.load(path / "checkpoint.pt", mmap=True, weights_only=True)["global_step"]
-    return steps >= json.loads((path / "args.json").read_text())["total_timesteps"]
+    # without its tensors, which may be of a card that this machine lacks
+    state = torch.load(path / "checkpoint.pt", map_location="meta", mmap=True, weights_only=True)
+    return state["global_step"] >= json.loads((path / "args.json").read_text())["total_timesteps"]
 
 
-CHILDREN = set()  # processes under way
+CHILDREN, STOPPED = set(), threading.Event()  # processes under way; whether they are to end
 
 
 def execute(run):
@@ -138,6 +145,8 @@ def execute(run):
                 env=os.environ | dict(OMP_NUM_THREADS="1"),
             )  # fmt: skip
             CHILDREN.add(process)
+            if STOPPED.is_set():
+                process.terminate()
             status = process.wait()
             CHILDREN.discard(process)
     return "done" if status == 0 else f"ended with status {status}, see {run.folder}/log.txt"
@@ -161,6 +170,13 @@ def cpu_name():
         return platform.processor() or platform.machine()
 
 
+def stop_children():
+    """Let the processes under way, and those about to begin, save and end."""
+    STOPPED.set()
+    for process in list(CHILDREN):
+        process.terminate()
+
+
 def execute_here(runs, processes):
     """So many runs at a time; at Ctrl-C or SIGTERM those under way save and end."""
 
@@ -179,8 +195,7 @@ def execute_here(runs, processes):
                 bar.write(f"{futures[future].folder.name} {future.result()}")
         except SystemExit:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(CHILDREN):
-                process.terminate()
+            stop_children()
             raise
     return failed
 
@@ -197,6 +212,9 @@ class Submitted:
     def checkpoint(self, run):
         import submitit
 
+        stop_children()
+        for process in list(CHILDREN):
+            process.wait(timeout=60)
         return submitit.helpers.DelayedSubmission(self, run)
 
 
@@ -225,10 +243,12 @@ def main(args: Args):
     unknown = set(args.claims) - set(CLAIMS)
     if unknown:
         sys.exit(f"sweep.py: no claim {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
-    selection = args.seeds, args.tasks, args.methods
+    if args.processes < 1:
+        sys.exit(f"sweep.py: --processes is {args.processes}; it must be at least 1")
+    selection = args.seeds, args.tasks, args.methods, args.cuda
     if not args.claims:
         for name, claim in CLAIMS.items():
-            runs = runs_of(claim, args.out)
+            runs = runs_of(claim, args.out, cuda=args.cuda)
             done = sum(map(is_done, runs))
             print(f"{name:20s} {done:3d} of {len(runs):3d} runs done   {claim.question}")
         return

@@ -319,6 +319,8 @@ def print_table(title, milliseconds, bases=("memoryless", "S2PG")):
 
 
 def main(args: Args):
+    if "cuda" not in args.device and (args.compile or args.cudagraphs):
+        sys.exit("update_time.py: --compile and --cudagraphs are for --device cuda")
     torch.set_num_threads(args.num_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     synchronize = torch.cuda.synchronize if "cuda" in args.device else lambda: None
@@ -336,15 +338,20 @@ def main(args: Args):
         if algorithm not in args.algorithms:
             continue
         steps, agent, buffer = off_policy(script, bptt, sizes, args)
-        replay, work = matrix_products(agent, buffer)
-        steps["S2PG, matrix products alone"] = replay
-        if algorithm == "sac":
+        eager = dataclasses.replace(args, compile=False, cudagraphs=False)  # compiled it hides them
+        _, *recorded = off_policy(script, None, sizes, eager)
+        replay, work = matrix_products(*recorded)
+        if not args.cudagraphs:  # of a graph there are no parts
+            steps["S2PG, matrix products alone"] = replay
+        if algorithm == "sac" and not args.cudagraphs:
             steps |= {f"S2PG, {name}": step for name, step in pieces(agent, buffer).items()}
         times = take_turns(steps, args.rounds, args.updates, synchronize)
         title = f"{algorithm.upper()}, ms per gradient step of {args.batch_size}"
         print_table(title, times)
-        ratio = np.median(times["S2PG"] / times["S2PG, matrix products alone"])
-        print(f"S2PG takes {ratio:.2f} x its floor ({work:.2f} GFLOP)")
+        print(f"an update of S2PG has {work:.2f} GFLOP of matrix products")
+        if not args.cudagraphs:
+            ratio = np.median(times["S2PG"] / times["S2PG, matrix products alone"])
+            print(f"S2PG takes {ratio:.2f} x its floor")
         print(f"replay buffer of 1e6 rows: {buffer_bytes(agent, 1_000_000) / 1e9:.2f} GB")
 
     if "ppo" in args.algorithms:

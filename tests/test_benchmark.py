@@ -63,6 +63,13 @@ def test_a_method_overrides_its_task_and_claims_share_runs():
     folders = {name: {run.folder for run in sweep.runs_of(CLAIMS[name], "out")} for name in CLAIMS}
     assert len(folders["state_size"] & folders["cells"]) == 3  # 32 units of a GRU, three seeds
     assert len(folders["sac_and_bptt"]) == 6 * 3 * 5
+    whole = sweep.runs_of(CLAIMS["cue_recall"], "out", methods=["BPTT-SAC, whole episodes"])
+    lengths = [sweep.final_args(run).sequence_length for run in whole[::3]]
+    assert lengths == [20, 100, 300, 1000]
+    on_a_card = sweep.runs_of(claim, "out", cuda=True)
+    assert not {run.folder for run in on_a_card} & folders["sac_and_bptt"]
+    assert all(sweep.final_args(run).cuda for run in on_a_card)
+    assert not any(sweep.final_args(run).cuda for run in runs)
 
 
 def test_a_sweep_killed_at_any_time_finishes_what_is_left(tmp_path):
@@ -115,16 +122,26 @@ def test_a_sweep_killed_at_any_time_finishes_what_is_left(tmp_path):
     assert (tmp_path / "results/smoke.png").stat().st_size > 10_000
 
 
+def at(link):
+    """Where a link of /proc points to, or nowhere if its process has gone."""
+    try:
+        return link.resolve()
+    except OSError:
+        return None
+
+
 def test_runs_that_a_killed_sweep_left_behind_are_not_begun_twice(tmp_path):
     options = "smoke", "--seeds", 1, "--methods", "S2PG-SAC"
     (own,) = smoke(tmp_path, seeds=(1,), methods=("S2PG-SAC",))
     first = start("sweep", *options, cwd=tmp_path)
     wait_for(lambda: sweep.run_dir(own), "a checkpoint")
-    first.kill()  # and nothing else: the run goes on
+    first.kill()  # and nothing else: the run goes on, slowly
+    (pid,) = [int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cwd") if at(p) == own.folder]
+    os.kill(pid, signal.SIGSTOP)
     assert not sweep.is_done(own)
     status, out, err = run("sweep", *options, cwd=tmp_path)
-    if "0 to be done" not in out:  # it was faster
-        assert "is running already" in out + err or status == 0
+    os.kill(pid, signal.SIGCONT)
+    assert status == 1 and "is running already" in out + err
     wait_for(lambda: sweep.is_done(own), "the end of the run")
     assert len(list(own.folder.glob("runs/*"))) == 1
 
@@ -159,7 +176,9 @@ def test_a_run_that_fails_fails_the_sweep(tmp_path):
         ("collect", ["smok"], "no claim smok"),
         ("collect", [], "name claims"),
         ("collect", ["smoke"], "no run of smoke is finished"),
-        ("collect", ["--runs", "here"], "here is no run"),
+        ("collect", ["--runs", "here"], "none of these is a run"),
+        ("sweep", ["smoke", "--processes", "0"], "it must be at least 1"),
+        ("update_time", ["--cudagraphs"], "are for --device cuda"),
         ("plot", ["--csv", "nothing.csv"], "nothing.csv"),
         ("plot", ["smok"], "no claim smok"),
     ],

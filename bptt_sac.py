@@ -727,6 +727,7 @@ def choose_device(args):
 
 
 def train(args):
+    asked_for = vars(args) | dict(resume=None)
     device = choose_device(args)
     torch.manual_seed(args.seed)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}"
@@ -751,7 +752,7 @@ def train(args):
     os.makedirs(run_dir, exist_ok=True)
     args_path = os.path.join(run_dir, "args.json")
     with open(args_path + ".tmp", "w") as file:
-        json.dump(vars(args) | dict(resume=None), file, indent=2)
+        json.dump(asked_for, file, indent=2)
     os.replace(args_path + ".tmp", args_path)
     if args.track:
         import wandb

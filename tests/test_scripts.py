@@ -233,6 +233,18 @@ def test_seconds_are_those_of_training_alone_and_go_on_in_a_resumed_run(
     assert all(step / 7800 < sps < step / 7200 for step, sps in zip(steps, speeds) if step > 40)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA card")
+@each(*OFF_POLICY, *ON_POLICY)
+def test_what_only_a_card_can_do_is_off_here_and_stays_an_option_of_the_run(script, tmp_path):
+    options = *quick_options(script), "--compile", "--cudagraphs", "--total-timesteps", 40
+    status, out, err = run(script, *options, cwd=tmp_path)
+    assert status == 0, err
+    said, _ = out.splitlines()
+    assert said == "--compile and --cudagraphs are off, as no CUDA card is used"
+    args = json.loads((only_run(tmp_path) / "args.json").read_text())
+    assert args["compile"] and args["cudagraphs"] and args["resume"] is None
+
+
 def kill(script, signum, cwd):
     """Kill a run after its first checkpoint; returns its folder and the step it has saved."""
     options = "--total-timesteps", 10**6, "--checkpoint-frequency", 50

@@ -25,7 +25,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -119,7 +118,7 @@ def is_done(run):
     return state["global_step"] >= json.loads((path / "args.json").read_text())["total_timesteps"]
 
 
-CHILDREN, STOPPED = set(), threading.Event()  # processes under way; whether they are to end
+CHILDREN, STOPPED = set(), []  # processes under way; not empty once they are to end
 
 
 def execute(run):
@@ -145,7 +144,7 @@ def execute(run):
                 env=os.environ | dict(OMP_NUM_THREADS="1"),
             )  # fmt: skip
             CHILDREN.add(process)
-            if STOPPED.is_set():
+            if STOPPED:
                 process.terminate()
             status = process.wait()
             CHILDREN.discard(process)
@@ -172,7 +171,7 @@ def cpu_name():
 
 def stop_children():
     """Let the processes under way, and those about to begin, save and end."""
-    STOPPED.set()
+    STOPPED.append(True)
     for process in list(CHILDREN):
         process.terminate()
 

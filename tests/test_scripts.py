@@ -490,6 +490,36 @@ def test_updates_are_counted_per_environment_step(script, tmp_path, monkeypatch)
     assert len(updates) == (60 - 3 - 3) * 0.5 // 1
 
 
+@each(*OFF_POLICY)
+def test_updates_begin_before_the_environment_steps_and_after_the_action_is_known(
+    script, tmp_path, monkeypatch
+):
+    """A card works on them while the environment steps, and the action does not wait for them."""
+    monkeypatch.chdir(tmp_path)
+    events, update, make_env = [], script.Agent.update, script.make_env
+
+    def watched_env(*args):
+        env = make_env(*args)
+        step = env.step
+        monkeypatch.setattr(env, "step", lambda a: events.append("step") or step(a))
+        return env
+
+    def watched_update(*args):
+        events.append("update")
+        return update(*args)
+
+    monkeypatch.setattr(script, "make_env", watched_env)
+    monkeypatch.setattr(script.Agent, "update", watched_update)
+    spy_on_acting(script, monkeypatch, lambda *_: events.append("act"))
+    script.train(quick_args(script, learning_starts=5, total_timesteps=30, eval_frequency=0))
+    begin, end = events.index("update"), len(events) - 1 - events[::-1].index("update")
+    assert events.count("update") > 15
+    assert set(zip(events[begin - 1 : end], events[begin : end + 1])) == {
+        ("act", "update"), ("update", "step"), ("step", "act"), ("act", "step")
+    }  # fmt: skip
+    assert events[begin - 1 : begin + 4] == ["act", "update", "step", "act", "update"]
+
+
 @each(*IMITATION)
 def test_a_resumed_run_does_not_clone_again(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -121,6 +121,14 @@ def test_a_sweep_killed_at_any_time_finishes_what_is_left(tmp_path):
     assert out.count("\n| ") == 5 - 1 and "| S2PG-SAC |" in out
     assert (tmp_path / "results/smoke.png").stat().st_size > 10_000
 
+    own = [sweep.run_dir(run) for run in smoke(tmp_path, seeds=(1,))]  # with and without a memory
+    options = "--csv", "own.csv", "--runs", tmp_path / "results"
+    status, _, err = run("collect", *options, *own, cwd=tmp_path)
+    assert status == 1 and "two runs of CueRecall-v0 are s2pg_sac, seed 1" in err
+    assert not (tmp_path / "own.csv").exists()
+    status, out, _ = run("collect", *options, own[0], cwd=tmp_path)
+    assert status == 0 and "left out" in out and "own.csv: 4 evaluations" in out
+
 
 def at(link):
     """Where a link of /proc points to, or nowhere if its process has gone."""

@@ -272,7 +272,12 @@ def main(args: Args):
         claim, path = Claim("", {}, []), Path(args.csv)
         if not path.exists():
             sys.exit(f"plot.py: there is no file {path}")
-        data = read(path, claim)
+        try:
+            data = read(path, claim)
+        except (KeyError, ValueError):
+            data = {}
+        if not data:
+            sys.exit(f"plot.py: {path} is no CSV of collect.py")
         draw(data, claim, path.with_suffix(".png"))
         print(table(data, claim))
         return

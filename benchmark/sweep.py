@@ -99,8 +99,14 @@ def runs_of(claim, out, seeds=(), tasks=(), methods=(), cuda=False):
 
 
 def final_args(run):
-    """The options of a run as its script understands them; tyro's error and exit if it does not."""
-    return tyro.cli(script_of(run.script).Args, args=run.options)
+    """The options of a run as its script understands them; tyro's error and exit if it does not.
+
+    ValueError for one that is out of range.
+    """
+    script = script_of(run.script)
+    args = tyro.cli(script.Args, args=run.options)
+    script.check_args(args)
+    return args
 
 
 def run_dir(run):
@@ -258,8 +264,13 @@ def main(args: Args):
     except ValueError as error:
         sys.exit(f"sweep.py: {error}")
     runs = list({run.folder: run for run in chosen}.values())
-    for run in runs:
-        final_args(run)  # a misspelt option is an error now, not in the night
+    try:
+        for run in runs:
+            final_args(run)  # a misspelt option is an error now, not in the night
+    except ValueError as error:
+        sys.exit(f"sweep.py: {error}")
+    if args.cluster == "slurm" and shutil.which("srun") is None:
+        sys.exit("sweep.py: --cluster slurm needs SLURM, and there is no srun here")
     runs = [run for run in runs if not is_done(run)]
     print(f"{len(chosen)} runs asked for, {len(runs)} to be done")
     if runs:

@@ -187,7 +187,9 @@ def test_a_run_that_fails_fails_the_sweep(tmp_path):
         ("collect", ["--runs", "here"], "none of these is a run"),
         ("sweep", ["smoke", "--processes", "0"], "it must be at least 1"),
         ("update_time", ["--cudagraphs"], "are for --device cuda"),
+        ("sweep", ["smoke", "--seeds", "-1"], "--seed is -1; it must be in"),
         ("plot", ["--csv", "nothing.csv"], "nothing.csv"),
+        ("plot", ["--csv", str(ROOT / "requirements.txt")], "is no CSV of collect.py"),
         ("plot", ["smok"], "no claim smok"),
     ],
 )
@@ -195,6 +197,12 @@ def test_bad_input_is_one_sentence(name, options, message, tmp_path):
     status, _, err = run(name, *options, cwd=tmp_path)
     assert status == 1 and err.startswith(f"{name}.py: ") and message in err
     assert len(err.splitlines()) == 1
+
+
+def test_without_slurm_nothing_is_submitted_to_it(monkeypatch):
+    monkeypatch.setattr(sweep.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit, match="there is no srun here"):
+        sweep.main(sweep.Args(claims=("smoke",), cluster="slurm"))
 
 
 def test_the_tables_of_the_readme_are_those_of_the_csvs():

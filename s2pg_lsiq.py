@@ -24,7 +24,9 @@ there r_min / (1 - gamma) stands for r_min, and (1 - gamma) (Q - y)^2 for the sq
 reward is logged, and no part of the algorithm sees it. Compare with s2pg_sac.py by diff.
 
 Unlike in the published runs, there are two critics and their minimum, the actor has a_prev as an
-input, and it learns from the first update on.
+input, and it learns from the first update on. Both temperatures are low and stay so, as in the
+runs of LS-IQ; those of S2PG learn them. An entropy to be kept is noise that the expert does not
+have: the critic finds it, and Q of the policy sinks for as long as it learns.
 
     python s2pg_lsiq.py --env-id InvertedPendulum-v4 --total-timesteps 20000
     python s2pg_lsiq.py --env-id Hopper-v4 --demonstrations expert.npz --loss iq_like
@@ -151,13 +153,13 @@ class Args:
     """learning rate of the actor"""
     critic_lr: float = 1e-3
     """learning rate of the critic"""
-    alpha: float = 1.0
-    """temperature of the action at the start"""
-    alpha_lr: float = 3e-4
+    alpha: float = 0.001
+    """temperature of the action at the start; to imitate an expert without noise it must be low"""
+    alpha_lr: float = 0.0
     """learning rate of log alpha (its target entropy is -|A|); 0 keeps alpha as it is"""
-    alpha_z: float = 0.01
+    alpha_z: float = 0.001
     """temperature of the internal state at the start"""
-    alpha_z_lr: float = 3e-4
+    alpha_z_lr: float = 0.0
     """learning rate of log alpha_z (its target entropy is -Z); 0 keeps alpha_z as it is"""
 
     resume: str | None = None

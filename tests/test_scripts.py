@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -131,23 +132,20 @@ def flat(state):
     return {f"{k}/{path}": t for k, v in nested.items() for path, t in flat(v).items()}
 
 
-ROLLOUT_LOSSES = [
-    "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl",
-    "losses/old_approx_kl", "losses/clipfrac", "losses/explained_variance", "charts/learning_rate",
-]  # fmt: skip
-LOGGED = {
-    s2pg_sac: ["losses/qf_loss", "losses/actor_loss", "losses/alpha", "losses/alpha_z"],
-    bptt_sac: ["losses/qf_loss", "losses/actor_loss", "losses/alpha"],
-    s2pg_td3: ["losses/qf_loss", "losses/actor_loss", "losses/qf1_values"],
-    s2pg_ppo: ROLLOUT_LOSSES,
-    bptt_ppo: ROLLOUT_LOSSES,
-    s2pg_gail: [
-        *ROLLOUT_LOSSES, "losses/discriminator_loss", "losses/discriminator_entropy",
-        "losses/accuracy_policy", "losses/accuracy_expert", "losses/imitation_reward",
-        "losses/absorbing_reward",
-    ],
-    s2pg_lsiq: ["losses/qf_loss", "losses/q_policy", "losses/q_expert", "losses/alpha_z"],
+PAGES = {
+    s2pg_sac: ["sac"], bptt_sac: ["sac"], s2pg_td3: ["td3"], s2pg_ppo: ["ppo"], bptt_ppo: ["ppo"],
+    s2pg_gail: ["ppo", "gail"], s2pg_lsiq: ["lsiq"],
 }  # fmt: skip
+
+
+def documented(script):
+    """The tags of which the pages of `docs` say what they mean."""
+    pages = [(ROOT / f"docs/{page}.md").read_text() for page in ["README", *PAGES[script]]]
+    rows = [line for page in pages for line in page.splitlines() if line.startswith("| `")]
+    tags = {tag for row in rows for tag in re.findall(r"`(\w+/\w+)`", row.split("|")[1])}
+    if script is bptt_sac:  # as its page says, it has none of these
+        tags -= {"losses/alpha_z", "losses/alpha_z_loss", "losses/entropy_z"}
+    return tags
 
 
 @each(*OFF_POLICY, *ON_POLICY)
@@ -178,7 +176,13 @@ def test_train_resume_evaluate_record_from_the_command_line(script, tmp_path):
     assert steps == list(range(5, 121, 5))
     steps, seconds = scalars(run_dir, "charts/seconds")
     assert steps == [60, 120] and 0 < seconds[0] < seconds[1] < load(run_dir)["seconds"]
-    for name in [*LOGGED[script], "charts/SPS"]:
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    logged = set(events.Tags()["scalars"])
+    assert logged == documented(script) - {"losses/bc_loss"}  # nothing was cloned
+    for name in logged & {"charts/SPS", "charts/learning_rate"} | {
+        name for name in logged if name.startswith("losses")
+    }:
         steps, _ = scalars(run_dir, name)
         # off-policy scripts log each 100 steps; three rollouts of 18 rows hold 15 steps each
         assert steps == ([100] if script in OFF_POLICY else [15, 30, 45, 60, 75, 90, 105, 120])
@@ -443,7 +447,8 @@ OPTIONS = {
         dict(bc_steps=3), dict(bc_steps=3, rnn="lstm"), dict(loss="iq_like"),
         dict(expert_target="bootstrap", regularizer=0.1), dict(absorbing=False),
         dict(clip_target=False), dict(critic_sees_z=True), dict(refresh=False),
-        dict(demonstration_episodes=1), dict(kernel="official"), dict(alpha_lr=0.0),
+        dict(demonstration_episodes=1), dict(kernel="official"),
+        dict(alpha=1.0, alpha_lr=3e-4, alpha_z=0.01, alpha_z_lr=3e-4),
     ],
 }  # fmt: skip
 COMMON = [

@@ -144,6 +144,8 @@ class Args:
     """folder of a run to replay instead of training"""
     save_demonstrations: str | None = None
     """with --evaluate: write the deterministic episodes to this .npz file"""
+    stochastic_demonstrations: bool = False
+    """write the stochastic episodes instead: an expert with the noise that it was trained with"""
     num_threads: int = 1
     """CPU threads of torch; more than one rarely pays for networks of this size"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
@@ -821,13 +823,14 @@ def replay(args):
     """Evaluate a trained policy: print its returns, record videos and demonstrations."""
     device = choose_device(args)
     for mode in ("deterministic", "stochastic"):
-        record = mode == "deterministic"
+        deterministic = mode == "deterministic"
         videos = f"{args.evaluate}/videos/evaluation-{time.time():.0f}"
-        film = args.capture_video and record
+        film = args.capture_video and deterministic
         env = make_env(args, min(args.eval_episodes, 8), videos if film else None)
         agent = Agent(args, *dimensions(env), device)
         load_checkpoint(args.evaluate, agent)
-        episodes = evaluate(agent.actor, env, args.eval_episodes, record, args.seed + EVAL_SEED)
+        seed = args.seed + EVAL_SEED
+        episodes = evaluate(agent.actor, env, args.eval_episodes, deterministic, seed)
         env.close()
         returns = [episode["rewards"].sum() for episode in episodes]
         length = np.mean([len(episode["rewards"]) for episode in episodes])
@@ -835,7 +838,7 @@ def replay(args):
             f"{mode}: return {np.mean(returns):.1f} +- {np.std(returns):.1f}, length {length:.0f}, "
             f"{len(episodes)} episodes"
         )
-        if args.save_demonstrations and record:
+        if args.save_demonstrations and deterministic != args.stochastic_demonstrations:
             arrays = {k: np.concatenate([episode[k] for episode in episodes]) for k in episodes[0]}
             made_by = json.dumps(vars(args) | dict(returns=returns))
             with open(args.save_demonstrations + ".tmp", "wb") as file:
@@ -899,6 +902,8 @@ def check_args(args):
     path = args.save_demonstrations
     if path and not (args.evaluate and path.endswith(".npz")):
         raise ValueError("--save-demonstrations takes a FILE.npz, and --evaluate RUN beside it")
+    if args.stochastic_demonstrations and not path:
+        raise ValueError("--stochastic-demonstrations needs --save-demonstrations FILE.npz")
 
 
 def main():

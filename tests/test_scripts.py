@@ -200,11 +200,24 @@ def test_train_resume_evaluate_record_from_the_command_line(script, tmp_path):
         assert demo["terminations"].nonzero()[0].tolist() == [4, 9, 14]
         assert not demo["truncations"].any()
         cue = np.repeat(demo["critic_observations"][::6, 0], 5)
+        demo_actions = demo["actions"][:, 0]
         np.testing.assert_allclose(demo["rewards"], 1 - abs(demo["actions"][:, 0] - cue), atol=1e-6)
         assert str(demo["env_id"]) == "CueRecall-v0"
         made_by = json.loads(str(demo["made_by"]))
         np.testing.assert_allclose(made_by["returns"], demo["rewards"].reshape(3, 5).sum(1))
         assert made_by["seed"] == 1 and made_by["exp_name"] == script.__name__
+
+    status, out, err = run(
+        script, "--evaluate", run_dir, "--eval-episodes", 3, "--save-demonstrations", "noisy.npz",
+        "--stochastic-demonstrations", cwd=tmp_path,
+    )  # fmt: skip
+    assert status == 0, err
+    with np.load(tmp_path / "noisy.npz", allow_pickle=False) as noisy:
+        actions, cue = noisy["actions"][:, 0], np.repeat(noisy["critic_observations"][::6, 0], 5)
+        np.testing.assert_allclose(noisy["rewards"], 1 - abs(actions - cue), atol=1e-6)
+        assert abs(actions).max() <= 1 and abs(actions - demo_actions).min() > 0
+        returns = json.loads(str(noisy["made_by"]))["returns"]
+    assert f"stochastic: return {np.mean(returns):.1f} " in out
 
 
 @each(*OFF_POLICY, *ON_POLICY)
@@ -352,6 +365,7 @@ BAD_INPUT = {
     "--buffer-size 1500": "--learning-starts",
     "--utd nan": "--utd is nan",
     "--save-demonstrations demo.npz": "--evaluate",
+    "--evaluate a --stochastic-demonstrations": "--save-demonstrations FILE.npz",
     "--evaluate nothing": "args.json",
     "--resume nothing": "args.json",
     "--resume a --evaluate b": "exclude",

@@ -95,7 +95,8 @@ class Args:
     """let the critic and the discriminator see the whole state instead of what the policy sees"""
 
     demonstrations: str | None = None
-    """an .npz file, or `minari:NAME`; by default what `envs/demonstrations` has of the task"""
+    """an .npz file, or `minari:NAME`; by default what `envs/demonstrations` has of the task, with
+    `shipped:stochastic` that of an expert with noise, if it has one"""
     demonstration_episodes: int | None = None
     """episodes to imitate, the first of them; by default all"""
     bc_steps: int = 0

@@ -24,9 +24,9 @@ there r_min / (1 - gamma) stands for r_min, and (1 - gamma) (Q - y)^2 for the sq
 reward is logged, and no part of the algorithm sees it. Compare with s2pg_sac.py by diff.
 
 Unlike in the published runs, there are two critics and their minimum, the actor has a_prev as an
-input, and it learns from the first update on. Both temperatures are low and stay so, as in the
-runs of LS-IQ; those of S2PG learn them. An entropy to be kept is noise that the expert does not
-have: the critic finds it, and Q of the policy sinks for as long as it learns.
+input, and it learns from the first update on. An entropy to be kept is noise that an expert may not
+have; then the critic finds it, and Q of the policy sinks for as long as it learns. With such
+demonstrations keep both temperatures low: --alpha .001 --alpha-lr 0 --alpha-z .001 --alpha-z-lr 0.
 
     python s2pg_lsiq.py --env-id InvertedPendulum-v4 --total-timesteps 20000
     python s2pg_lsiq.py --env-id Hopper-v4 --demonstrations expert.npz --loss iq_like
@@ -99,7 +99,8 @@ class Args:
     sees what the policy sees, and z"""
 
     demonstrations: str | None = None
-    """an .npz file, or `minari:NAME`; by default what `envs/demonstrations` has of the task"""
+    """an .npz file, or `minari:NAME`; by default what `envs/demonstrations` has of the task, with
+    `shipped:stochastic` that of an expert with noise, if it has one"""
     demonstration_episodes: int | None = None
     """episodes to imitate, the first of them; by default all"""
     bc_steps: int = 0
@@ -153,13 +154,14 @@ class Args:
     """learning rate of the actor"""
     critic_lr: float = 1e-3
     """learning rate of the critic"""
-    alpha: float = 0.001
-    """temperature of the action at the start; to imitate an expert without noise it must be low"""
-    alpha_lr: float = 0.0
-    """learning rate of log alpha (its target entropy is -|A|); 0 keeps alpha as it is"""
-    alpha_z: float = 0.001
+    alpha: float = 1.0
+    """temperature of the action at the start; of an expert without noise choose .001"""
+    alpha_lr: float = 3e-4
+    """learning rate of log alpha (its target entropy is -|A|); 0 keeps alpha as it is, which is
+    better with an expert without noise"""
+    alpha_z: float = 0.01
     """temperature of the internal state at the start"""
-    alpha_z_lr: float = 0.0
+    alpha_z_lr: float = 3e-4
     """learning rate of log alpha_z (its target entropy is -Z); 0 keeps alpha_z as it is"""
 
     resume: str | None = None
@@ -198,7 +200,9 @@ TUNED = {
     "Humanoid": dict(hide="velocities"),
     "HumanoidStandup": dict(hide="velocities"),
     "InvertedDoublePendulum": dict(hide="velocities", learning_starts=1_000),
-    "InvertedPendulum": dict(hide="velocities", learning_starts=1_000),
+    "InvertedPendulum": dict(
+        hide="velocities", learning_starts=1_000, demonstrations="shipped:stochastic"
+    ),
     "Swimmer": dict(hide="velocities"),
     "Walker2d": dict(hide="velocities"),
 }

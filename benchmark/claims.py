@@ -229,8 +229,8 @@ CLAIMS = {
         "The same with LSIQ.",
         {"S2PG-LSIQ": "s2pg_lsiq.py", "memoryless LSIQ": "s2pg_lsiq.py --memoryless"},
         [
-            "--env-id InvertedPendulum-v4 --batch-size 128 --total-timesteps 15000 "
-            f"--eval-frequency 2500 --eval-episodes 8 {MEDIUM}",
+            "--env-id InvertedPendulum-v4 --total-timesteps 20000 --eval-frequency 2500 "
+            f"--eval-episodes 8 {MEDIUM}",
             "--env-id Hopper-v4 --batch-size 128 --total-timesteps 25000 --eval-frequency 5000 "
             f"--eval-episodes 8 {MEDIUM}",
         ],

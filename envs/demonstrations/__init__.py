@@ -16,6 +16,7 @@ import numpy as np
 __all__ = ["load"]
 
 FOLDER = Path(__file__).parent
+SHIPPED = {None: "{}.npz", "shipped:stochastic": "{}-stochastic.npz"}
 DIMENSIONS = dict(
     observations=2, critic_observations=2, actions=2, rewards=1, terminations=1, truncations=1
 )
@@ -31,7 +32,8 @@ def load(source: str | None, env: gym.Env, episodes: int | None = None) -> list[
 
     Args:
         source: An .npz file; `minari:NAME` for a data set that Minari has on this machine; None for
-            the file of this environment in this folder.
+            the file of this environment in this folder, `shipped:stochastic` for that of an
+            expert with noise.
         env: An environment made by `envs.make`, wrapped further or not.
         episodes: How many to take, from the first; None for all.
 
@@ -48,11 +50,12 @@ def load(source: str | None, env: gym.Env, episodes: int | None = None) -> list[
     if source is not None and source.startswith("minari:"):
         made_in, found = _from_minari(source.removeprefix("minari:"), episodes)
     else:
-        path = FOLDER / f"{env_id}.npz" if source is None else Path(source)
-        if source is None and not path.exists():
-            shipped = ", ".join(sorted(file.stem for file in FOLDER.glob("*.npz")))
+        shipped = SHIPPED.get(source)
+        path = Path(source) if shipped is None else FOLDER / shipped.format(env_id)
+        if shipped is not None and not path.exists():
+            names = ", ".join(sorted(file.stem for file in FOLDER.glob("*.npz")))
             raise ValueError(
-                f"no demonstrations for {env_id} are shipped (there are some for {shipped}): name "
+                f"no demonstrations for {path.stem} are shipped (there are some for {names}): name "
                 "an .npz file or a Minari data set"
             )
         source = str(path)

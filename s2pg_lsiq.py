@@ -20,13 +20,13 @@ remembers; its memory along the demonstrations is rolled once, then refreshed li
     actor      as in s2pg_sac.py, on states of the policy and of the expert
 
 for each of the two Q(s, a, z'). A terminated episode stays in an absorbing state for ever:
-there r_min / (1 - gamma) stands for r_min, and (1 - gamma) (Q - y)^2 for the square. The task's
-reward is logged, and no part of the algorithm sees it. Compare with s2pg_sac.py by diff.
+there sqil_like has r_min / (1 - gamma) for r_min, and iq_like (1 - gamma) (Q - y)^2 for the square.
+The task's reward is logged, and no part of the algorithm sees it. Compare with s2pg_sac.py by diff.
 
-Unlike in the published runs, there are two critics and their minimum, the actor has a_prev as an
-input, and it learns from the first update on. An entropy to be kept is noise that an expert may not
-have; then the critic finds it, and Q of the policy sinks for as long as it learns. With such
-demonstrations keep both temperatures low: --alpha .001 --alpha-lr 0 --alpha-z .001 --alpha-z-lr 0.
+Unlike in the published runs, there are two critics and their minimum, without z; the actor sees
+a_prev and learns from the first update on; temperatures follow the entropy on rows of both. They
+keep noise in the policy. If the expert has none the critic tells them apart by that, and Q of the
+policy sinks: then keep them low, --alpha .001 --alpha-lr 0 --alpha-z .001 --alpha-z-lr 0.
 
     python s2pg_lsiq.py --env-id InvertedPendulum-v4 --total-timesteps 20000
     python s2pg_lsiq.py --env-id Hopper-v4 --demonstrations expert.npz --loss iq_like

@@ -126,14 +126,20 @@ def colors_of(labels):
 
 
 def draw(data, claim, path):
-    """One column of panels for each environment: the return against steps, and against minutes."""
-    rows = 2 if claim.clock else 1
+    """Panels for each environment: the return against steps, and against minutes.
+
+    They stand below each other, and next to each other where there is one environment alone.
+    """
+    rows, columns = (2 if claim.clock else 1), len(data)
+    if columns == 1:
+        rows, columns = columns, rows
     figure, panels = plt.subplots(
-        rows, len(data), figsize=(5.2 * len(data), 3.4 * rows), squeeze=False, layout="constrained"
+        rows, columns, figsize=(5.2 * columns, 3.4 * rows), squeeze=False, layout="constrained"
     )
     labels = ordered({label: None for env in data.values() for label in env}, claim)
     colors = colors_of(labels)
-    for column, (env_id, curves) in zip(panels.T, data.items()):
+    handles = {}
+    for column, (env_id, curves) in zip(panels if len(data) == 1 else panels.T, data.items()):
         column[0].set_title(env_id)
         for label in ordered(curves, claim):
             curve, style = curves[label], dict(color=colors[label], label=label)
@@ -153,12 +159,10 @@ def draw(data, claim, path):
                 panel.axhline(claim.threshold[env_id], color="black", lw=0.8, ls=":")
             panel.spines[["top", "right"]].set_visible(False)
             panel.grid(alpha=0.25)
-    handles = {}
-    for panel in panels[0]:
-        handles |= dict(zip(*panel.get_legend_handles_labels()[::-1]))
+        handles |= dict(zip(*column[0].get_legend_handles_labels()[::-1]))
     figure.legend(
         handles.values(), handles, loc="outside lower center", frameon=False,
-        ncols=min(len(handles), 2 + len(data)),
+        ncols=min(len(handles), 1 + columns),
     )  # fmt: skip
     figure.savefig(path, dpi=150)
     plt.close(figure)

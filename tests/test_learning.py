@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SAC = "s2pg_sac.py", "--total-timesteps", "15000", "--eval-frequency", "2500"
 PPO = "s2pg_ppo.py", "--total-timesteps", "50000", "--eval-frequency", "10000"
 LSIQ = (
-    "s2pg_lsiq.py", "--total-timesteps", "10000", "--eval-frequency", "2500", "--batch-size", "128"
+    "s2pg_lsiq.py", "--total-timesteps", "7500", "--eval-frequency", "2500", "--batch-size", "128"
 )  # fmt: skip
 GAIL = "s2pg_gail.py", "--total-timesteps", "100000", "--eval-frequency", "20000"
 

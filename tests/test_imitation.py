@@ -196,9 +196,13 @@ def test_shipped_demonstrations(name):
     assert path.stat().st_size < 2e6
     env_id = name.removesuffix("-stochastic")
     source = "shipped:stochastic" if name != env_id else None
-    episodes = envs.demonstrations.load(source, envs.make(env_id, hide="velocities"))
+    env = envs.make(env_id, hide="velocities")
+    episodes = envs.demonstrations.load(source, env)
     with np.load(path) as file:
-        made_by = json.loads(str(file["made_by"]))
+        made_by, actions = json.loads(str(file["made_by"])), file["actions"]
+    found = np.concatenate([episode["actions"] for episode in episodes])
+    scale = env.unwrapped.action_space.high
+    np.testing.assert_allclose(found, (actions / scale).clip(-1, 1), atol=1e-6)
     assert len(episodes) == 5 and made_by["hide"] == "none" and made_by["env_id"] == env_id
     returns = [found["rewards"].sum() for found in episodes]
     np.testing.assert_allclose(returns, made_by["returns"], rtol=1e-5)

@@ -465,7 +465,7 @@ OPTIONS = {
         dict(expert_target="bootstrap", regularizer=0.1), dict(absorbing=False),
         dict(clip_target=False), dict(critic_sees_z=True), dict(refresh=False),
         dict(demonstration_episodes=1), dict(kernel="official"),
-        dict(alpha=1.0, alpha_lr=3e-4, alpha_z=0.01, alpha_z_lr=3e-4),
+        dict(alpha=0.001, alpha_lr=0.0, alpha_z=0.001, alpha_z_lr=0.0),
     ],
 }  # fmt: skip
 COMMON = [

@@ -195,8 +195,8 @@ class Args:
 TUNED = {
     "Ant": dict(hide="velocities"),
     "CueRecall": dict(learning_starts=1_000),
-    "HalfCheetah": dict(hide="velocities"),
-    "Hopper": dict(hide="velocities"),
+    "HalfCheetah": dict(hide="velocities", demonstrations="shipped:stochastic"),
+    "Hopper": dict(hide="velocities", demonstrations="shipped:stochastic"),
     "Humanoid": dict(hide="velocities"),
     "HumanoidStandup": dict(hide="velocities"),
     "InvertedDoublePendulum": dict(hide="velocities", learning_starts=1_000),

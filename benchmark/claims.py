@@ -231,7 +231,7 @@ CLAIMS = {
         [
             "--env-id InvertedPendulum-v4 --total-timesteps 20000 --eval-frequency 2500 "
             f"--eval-episodes 8 {MEDIUM}",
-            "--env-id Hopper-v4 --batch-size 128 --total-timesteps 25000 --eval-frequency 5000 "
+            "--env-id Hopper-v4 --batch-size 128 --total-timesteps 50000 --eval-frequency 5000 "
             f"--eval-episodes 8 {MEDIUM}",
         ],
         seeds=3,

@@ -347,7 +347,7 @@ BAD_OPTIONS = [
     (s2pg_gail, "--demonstrations nothing.npz", "no demonstrations at nothing.npz"),
     (s2pg_gail, "--env-id CueRecall-20-v0", "no demonstrations for CueRecall-20-v0"),
     (s2pg_lsiq, "--env-id InvertedPendulum-v5", "InvertedPendulum-v5-stochastic are shipped"),
-    (s2pg_gail, "--env-id Hopper-v4 --demonstrations shipped:stochastic", "Hopper-v4-stochastic"),
+    (s2pg_gail, "--env-id Walker2d-v4 --demonstrations shipped:stochastic", "Walker2d-v4-stoch"),
     (s2pg_gail, "--env-id Hopper-v4 --demonstrations shipped:noisy", "at shipped:noisy"),
     (s2pg_gail, "--discriminator-frequency 0", "--discriminator-frequency is 0"),
     (s2pg_gail, "--reward task", "task"),

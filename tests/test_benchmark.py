@@ -279,6 +279,10 @@ def test_a_picture_has_a_curve_for_each_method_and_clock(tmp_path, monkeypatch):
     plot.draw({"A-v0": both, "B-v0": both}, claim, tmp_path / "a.png")
     assert [len(panel.lines) for panel in axes] == [2, 3, 2, 3]  # A, B by steps; A, B by minutes
     assert axes[2].get_xlabel() == "minutes of training on one core"
+    assert axes[0].get_position().y0 > axes[2].get_position().y1  # above each other
+    axes.clear()
+    plot.draw({"A-v0": both}, claim, tmp_path / "one.png")
+    assert axes[0].get_position().x1 < axes[1].get_position().x0  # one task's, beside each other
     axes.clear()
     plot.draw({"A-v0": both}, claim._replace(clock=False), tmp_path / "b.png")
     assert [len(panel.lines) for panel in axes] == [2]

@@ -595,12 +595,14 @@ def evaluate(actor, env, episodes, deterministic, seed):
 
     An episode of T steps is a dict of arrays: `observations` (the policy's) and
     `critic_observations` [T + 1, .], `actions` [T, A] in the environment's own units, `rewards`,
-    `terminations` and `truncations` [T]. The random numbers of training go on as if never used.
+    `terminations` and `truncations` [T], and `successes` [T] where the environment reports an
+    `info["success"]`. The random numbers of training go on as if never used.
     """
     device, n = next(actor.parameters()).device, env.num_envs
     space = env.get_attr("unwrapped")[0].action_space
     shares = [len(range(i, episodes, n)) for i in range(n)]
     rows, played = [[] for _ in range(n)], [[] for _ in range(n)]
+    names = ["actions", "rewards", "terminations", "truncations"]
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         obs, _ = env.reset(seed=seed)
@@ -611,9 +613,12 @@ def evaluate(actor, env, episodes, deterministic, seed):
             policy_obs = to_device(obs["policy"], device)
             action, z = actor.act(policy_obs, z, a_prev, deterministic)
             a = action.cpu().numpy()
-            next_obs, reward, terminated, truncated, _ = env.step(a)
+            next_obs, reward, terminated, truncated, info = env.step(a)
             a = space.low + 0.5 * (a + 1) * (space.high - space.low)
-            columns = obs["policy"], obs["critic"], a, reward, terminated, truncated
+            success = info.get("success", np.zeros(n, dtype=bool))
+            columns = obs["policy"], obs["critic"], a, reward, terminated, truncated, success
+            if "success" in info and "successes" not in names:
+                names.append("successes")
             for i, row in enumerate(zip(*columns)):
                 rows[i].append(row)
                 if final[i]:
@@ -622,7 +627,6 @@ def evaluate(actor, env, episodes, deterministic, seed):
             keep = to_device(~final, device).unsqueeze(-1)
             z, a_prev = z * keep, action * keep
             obs, final = next_obs, terminated | truncated
-    names = "actions", "rewards", "terminations", "truncations"
     return [
         dict(observations=o, critic_observations=s) | {k: v[:-1] for k, v in zip(names, rest)}
         for p, share in zip(played, shares)
@@ -638,6 +642,9 @@ def log_returns(writer, actor, env, args, step):
         episodes = evaluate(actor, env, args.eval_episodes, deterministic, seed)
         result[mode] = np.mean([episode["rewards"].sum() for episode in episodes])
         writer.add_scalar(f"eval/return_{mode}", result[mode], step)
+        if "successes" in episodes[0]:
+            successes = [episode["successes"].any() for episode in episodes]
+            writer.add_scalar(f"eval/success_{mode}", np.mean(successes), step)
     return result
 
 
@@ -834,9 +841,13 @@ def replay(args):
         env.close()
         returns = [episode["rewards"].sum() for episode in episodes]
         length = np.mean([len(episode["rewards"]) for episode in episodes])
+        success = ""
+        if "successes" in episodes[0]:
+            rate = np.mean([episode["successes"].any() for episode in episodes])
+            success = f", success {rate:.0%}"
         print(
             f"{mode}: return {np.mean(returns):.1f} +- {np.std(returns):.1f}, length {length:.0f}, "
-            f"{len(episodes)} episodes"
+            f"{len(episodes)} episodes{success}"
         )
         if args.save_demonstrations and deterministic != args.stochastic_demonstrations:
             arrays = {k: np.concatenate([episode[k] for episode in episodes]) for k in episodes[0]}

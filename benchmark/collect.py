@@ -5,9 +5,10 @@
 
 A row is one evaluation: environment, label, script, options that were not at their defaults, seed,
 step, seconds of training until then (evaluations do not count), mean return of the deterministic
-and of the stochastic policy; of runs by sweep.py also versions, commit and hardware. What is
-evaluated at step 0 alone is a level to compare with: the demonstrations of imitation runs (label
-"expert"), and cloning. Runs of a claim that are not finished are left out and named.
+and of the stochastic policy; of runs by sweep.py versions, commit and hardware; of tasks that tell
+of success the share of episodes with it. What is evaluated at step 0 alone is a level to compare
+with: the demonstrations of imitation runs (label "expert"), and cloning. Runs of a claim that are
+not finished are left out and named.
 """
 
 import csv
@@ -27,7 +28,9 @@ from benchmark.claims import CLAIMS
 COLUMNS = [
     "env_id", "label", "script", "options", "seed", "step", "wall_seconds",
     "return_deterministic", "return_stochastic", "versions", "commit", "hardware",
+    "success_deterministic", "success_stochastic",
 ]  # fmt: skip
+MODES = "deterministic", "stochastic"
 SCRIPTS = [path.stem for path in sweep.ROOT.glob("*.py") if path.stem.startswith(("s2pg", "bptt"))]
 
 
@@ -78,22 +81,26 @@ def evaluations(folder, label=None, machine=None, only_step_0=False):
     tags = events.Tags()["scalars"]
     if "eval/return_stochastic" not in tags:
         raise ValueError(f"{folder} has no evaluation yet")
-    seconds = {event.step: event.value for event in events.Scalars("charts/seconds")}
-    rows = []
-    for deterministic, stochastic in zip(
-        events.Scalars("eval/return_deterministic"), events.Scalars("eval/return_stochastic")
-    ):
-        if only_step_0 and deterministic.step > 0:
+
+    def values(tag):
+        logged = events.Scalars(tag) if tag in tags else []
+        return {event.step: round(event.value, 3) for event in logged}
+
+    rows, seconds = [], values("charts/seconds")
+    returns = [values(f"eval/return_{mode}") for mode in MODES]
+    successes = [values(f"eval/success_{mode}") for mode in MODES]
+    for step in returns[0]:
+        if only_step_0 and step > 0:
             break
         rows.append([
             args["env_id"], label or args["exp_name"], script, json.dumps(options), args["seed"],
-            deterministic.step, round(seconds.get(deterministic.step, 0.0), 1),
-            round(deterministic.value, 3), round(stochastic.value, 3), *origin,
+            step, round(seconds.get(step, 0.0), 1), *(value[step] for value in returns), *origin,
+            *(value.get(step, "") for value in successes),
         ])  # fmt: skip
     if "charts/expert_return" in tags:
         value = round(events.Scalars("charts/expert_return")[0].value, 3)
         level = [args["env_id"], "expert", "demonstrations", "{}", 0, 0, 0.0, value, value]
-        rows.append([*level, *origin])
+        rows.append([*level, *origin, "", ""])
     return rows
 
 

@@ -44,18 +44,23 @@ class Args:
     """instead of a claim: draw this file, and print its table"""
 
 
+MODES = "stochastic", "deterministic"
+UNITS = {"return": "return", "success": "success in %"}
+
+
 class Curve(NamedTuple):
     """The evaluations of S seeds at T steps."""
 
     steps: np.ndarray  # [T]
     minutes: np.ndarray  # [S, T], of training
-    stochastic: np.ndarray  # [S, T], mean returns
+    stochastic: np.ndarray  # [S, T], mean returns, or shares of success in %
     deterministic: np.ndarray  # [S, T]
 
 
 def read(path, claim):
     """{env_id: {label: Curve}} of a CSV of collect.py, in the order of the claim."""
-    points = {}
+    points, (measure, _) = {}, claim.column.split("_")
+    unit = 100 if measure == "success" else 1
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
             seeds = points.setdefault(row["env_id"], {}).setdefault(row["label"], {})
@@ -67,8 +72,8 @@ def read(path, claim):
             )  # environments pass a multiple together
             if step in seed:
                 raise SystemExit(f"{path}: two runs are {row['label']}, seed {row['seed']}")
-            columns = "wall_seconds", "return_stochastic", "return_deterministic"
-            seed[step] = [float(row[column]) for column in columns]
+            values = [unit * float(row[f"{measure}_{mode}"]) for mode in MODES]
+            seed[step] = [float(row["wall_seconds"]), *values]
     result = {}
     for env_id, labels in points.items():
         for label, seeds in labels.items():
@@ -138,12 +143,12 @@ def draw(data, claim, path):
     )
     labels = ordered({label: None for env in data.values() for label in env}, claim)
     colors = colors_of(labels)
-    handles = {}
+    handles, (measure, mode) = {}, claim.column.split("_")
     for column, (env_id, curves) in zip(panels if len(data) == 1 else panels.T, data.items()):
         column[0].set_title(env_id)
         for label in ordered(curves, claim):
             curve, style = curves[label], dict(color=colors[label], label=label)
-            returns = getattr(curve, claim.column.removeprefix("return_"))
+            returns = getattr(curve, mode)
             if curve.steps[-1] == 0:
                 for panel in column:
                     panel.axhline(returns.mean(), lw=1.5, ls="--", **style)
@@ -154,7 +159,7 @@ def draw(data, claim, path):
                 panel.plot(x, mean, lw=2, **style)
                 panel.fill_between(x, low, high, color=colors[label], alpha=0.15, lw=0)
         for panel, unit in zip(column, ("environment steps", "minutes of training on one core")):
-            panel.set(xlabel=unit, xlim=(0, None), ylabel=claim.column.replace("_", ", "))
+            panel.set(xlabel=unit, xlim=(0, None), ylabel=f"{UNITS[measure]}, {mode}")
             if env_id in claim.threshold:
                 panel.axhline(claim.threshold[env_id], color="black", lw=0.8, ls=":")
             panel.spines[["top", "right"]].set_visible(False)
@@ -185,7 +190,8 @@ def to_threshold(x, returns, threshold):
 
 def table(data, claim):
     """Markdown: a row for each environment and method."""
-    header = ["", "return at the end, each seed", "noise-free", "IQM [95 %]", "best IQM"]
+    measure, mode = claim.column.split("_")
+    header = ["", f"{UNITS[measure]} at the end, each seed", "noise-free", "IQM [95 %]", "best IQM"]
     if claim.threshold:
         header += ["steps to threshold"] + ["minutes"] * claim.clock
     lines = [header, ["---"] * len(header)]
@@ -203,7 +209,7 @@ def table(data, claim):
             if curve.steps[-1] == 0:
                 lines.append([label, *both] + [""] * (len(header) - 3))
                 continue
-            returns = getattr(curve, claim.column.removeprefix("return_"))
+            returns = getattr(curve, mode)
             mean, (low, high) = interquartile_mean(returns)
             best = mean.argmax()
             band = f" [{rounded(low[-1])}, {rounded(high[-1])}]" if len(returns) > 1 else ""

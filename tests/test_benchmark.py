@@ -1,6 +1,7 @@
 """The sweep, what is collected from it, and the pictures and tables that come of that."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from rliable import metrics
+from torch.utils.tensorboard import SummaryWriter
 
+import s2pg_ppo
 from benchmark import collect, plot, sweep
 from benchmark.claims import CLAIMS, Claim
 
@@ -268,6 +271,30 @@ def test_a_table_has_each_seed_and_levels_without_a_curve():
     )
     assert lines[5] == "| expert | 7.0 | 7.0 |  |  |  |  |"
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_shares_of_success_are_collected_and_shown_in_percent(tmp_path):
+    run, rates = tmp_path / "run", {"deterministic": 0.5, "stochastic": 0.25}
+    run.mkdir()
+    options = dict(env_id="PointMassMemory-v0", exp_name="a", eval_frequency=100)
+    (run / "args.json").write_text(json.dumps(vars(s2pg_ppo.Args(**options))))
+    with SummaryWriter(run) as writer:
+        for step in (100, 200):
+            for mode, rate in rates.items():
+                writer.add_scalar(f"eval/return_{mode}", 7.0, step)
+                writer.add_scalar(f"eval/success_{mode}", rate * step / 200, step)
+            writer.add_scalar("charts/seconds", step, step)
+    collect.write(collect.evaluations(run), tmp_path / "a.csv")
+    claim = Claim("", {"a": ""}, [], column="success_stochastic", clock=False)
+    data = plot.read(tmp_path / "a.csv", claim)
+    found = data["PointMassMemory-v0"]["a"]
+    np.testing.assert_allclose(found.stochastic, [[12.5, 25]])
+    np.testing.assert_allclose(found.deterministic, [[25, 50]])
+    lines = plot.table(data, claim).splitlines()
+    assert lines[0].startswith("|  | success in % at the end, each seed | noise-free |")
+    assert lines[3] == "| a | 25.0 | 50.0 | 25.0 | 25.0 at 200 |"
+    returns = plot.read(tmp_path / "a.csv", claim._replace(column="return_stochastic"))
+    assert (returns["PointMassMemory-v0"]["a"].stochastic == 7).all()
 
 
 def test_a_picture_has_a_curve_for_each_method_and_clock(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The scripts as their users run them: from the command line, and through `train(args)`."""
 
+import dataclasses
 import json
 import os
 import re
@@ -143,6 +144,7 @@ def documented(script):
     pages = [(ROOT / f"docs/{page}.md").read_text() for page in ["README", *PAGES[script]]]
     rows = [line for page in pages for line in page.splitlines() if line.startswith("| `")]
     tags = {tag for row in rows for tag in re.findall(r"`(\w+/\w+)`", row.split("|")[1])}
+    tags -= {"eval/success_deterministic", "eval/success_stochastic"}  # not of every task
     if script is bptt_sac:  # as its page says, it has none of these
         tags -= {"losses/alpha_z", "losses/alpha_z_loss", "losses/entropy_z"}
     return tags
@@ -671,6 +673,49 @@ def test_evaluation_carries_the_memory_and_resets_it_with_the_episode(determinis
     assert actor.a_prev == [0, 0.25, 0.25, 0.25, 0.25, 0.25] * 2
     assert actor.modes == {deterministic}
     assert [len(episode["rewards"]) for episode in episodes] == [5, 5]
+
+
+class Steersman(Recorder):
+    """Remembers the goal of PointMassMemory, which it sees near the start, and goes there."""
+
+    def act(self, obs, z, a_prev, deterministic=False):
+        x, y, cue = obs.T
+        z = torch.where((z == 0) & (cue[:, None] != 0), cue[:, None], z)
+        heading = torch.atan2(130 / 75 - 1 - y, z[:, 0] - x)
+        return (heading / torch.pi)[:, None] % 2 - 1, z
+
+
+@pytest.mark.parametrize("actor, successful", [(Steersman(), True), (Recorder(), False)])
+def test_evaluation_knows_the_successes_of_tasks_that_have_them(actor, successful):
+    args = quick_args(s2pg_sac, env_id="PointMassMemory-v0", env_kwargs={})
+    played = s2pg_sac.evaluate(actor, s2pg_sac.make_env(args, 2), 5, True, seed=0)
+    for episode in played:
+        success = episode["successes"]
+        assert success.shape == episode["rewards"].shape and success.dtype == bool
+        assert success[-1] == successful and not success[0]
+        assert (np.diff(success.astype(int)) >= 0).all()
+    args = quick_args(s2pg_sac)
+    (episode,) = s2pg_sac.evaluate(Recorder(), s2pg_sac.make_env(args, 1), 1, True, seed=0)
+    assert "successes" not in episode
+
+
+def test_the_rate_of_success_is_logged_and_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = quick_args(s2pg_sac, env_id="PointMassMemory-v0", env_kwargs={}, total_timesteps=30)
+    episodes = [
+        dict(rewards=np.ones(3), successes=np.array(success, dtype=bool))
+        for success in ([0, 1, 0], [0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0])
+    ]
+    monkeypatch.setattr(s2pg_sac, "evaluate", lambda *args: episodes)
+    s2pg_sac.train(args)
+    run_dir = only_run(tmp_path)
+    for mode in ("deterministic", "stochastic"):
+        (step,), (rate,) = scalars(run_dir, f"eval/success_{mode}")
+        assert step == 30 and rate == pytest.approx(0.4)
+    capsys.readouterr()
+    s2pg_sac.replay(dataclasses.replace(args, evaluate=str(run_dir)))
+    line = "return 3.0 +- 0.0, length 3, 5 episodes, success 40%"
+    assert capsys.readouterr().out == f"deterministic: {line}\nstochastic: {line}\n"
 
 
 @pytest.mark.parametrize("episodes", [1, 2, 5])

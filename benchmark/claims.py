@@ -14,7 +14,7 @@ class Claim(NamedTuple):
     tasks: list[str]  # options, among them --env-id
     seeds: int = 5  # 1, 2, ...
     threshold: dict[str, float] = {}  # {env_id: return}, to be reached soon  # noqa: RUF012
-    column: str = "return_stochastic"  # of the CSV, to be drawn
+    column: str = "return_stochastic"  # of the CSV, to be drawn; or success_, or _deterministic
     clock: bool = True  # draw the return against time, too: the runs had a core each
     cloning: tuple[str, ...] = ()  # methods of which step 0 counts alone
 
@@ -39,6 +39,14 @@ SAC_METHODS = {
     "BPTT-SAC, L = 32, all rows": "bptt_sac.py --sequence-length 32 --loss-on all",
     "memoryless SAC": "s2pg_sac.py --memoryless",
     "SAC that sees everything": "s2pg_sac.py --memoryless --hide none",
+}
+
+POINT_MASS_METHODS = {
+    "S2PG-PPO, memory std .1": "s2pg_ppo.py",
+    "S2PG-PPO, memory std .2": "s2pg_ppo.py --std-z 0.2",
+    "S2PG-PPO, memory std .5": "s2pg_ppo.py --std-z 0.5",
+    "BPTT-PPO, L = 32": "bptt_ppo.py",
+    "memoryless PPO": "s2pg_ppo.py --memoryless",
 }
 
 HORIZONS = {
@@ -250,15 +258,17 @@ CLAIMS = {
     ),
     "point_mass": Claim(
         "A goal that is out of sight for 47 steps and more.",
-        {
-            "S2PG-PPO, memory std .1": "s2pg_ppo.py",
-            "S2PG-PPO, memory std .2": "s2pg_ppo.py --std-z 0.2",
-            "S2PG-PPO, memory std .5": "s2pg_ppo.py --std-z 0.5",
-            "BPTT-PPO, L = 32": "bptt_ppo.py",
-            "memoryless PPO": "s2pg_ppo.py --memoryless",
-        },
+        POINT_MASS_METHODS,
         [f"{POINT_MASS} PointMassMemory-v0"],
         seeds=1,
+        clock=False,
+    ),
+    "point_mass_success": Claim(
+        "How often is it reached, and how often through doors that are out of sight?",
+        POINT_MASS_METHODS,
+        [f"{POINT_MASS} PointMassMemory-v0", f"{POINT_MASS} PointMassDoor-v0"],
+        seeds=3,
+        column="success_stochastic",
         clock=False,
     ),
 }

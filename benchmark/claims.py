@@ -118,6 +118,7 @@ CLAIMS = {
             "S2PG-SAC": "s2pg_sac.py",
             "BPTT-SAC, L = 5, all rows": "bptt_sac.py --sequence-length 5 --loss-on all",
             "BPTT-SAC, L = 32, all rows": "bptt_sac.py --sequence-length 32 --loss-on all",
+            "BPTT-SAC, L = 32, from zeros": "bptt_sac.py --loss-on all --initial-state zero",
             "BPTT-SAC, whole episodes": "bptt_sac.py --sequence-length HORIZON --loss-on all",
         },
         [

@@ -26,7 +26,7 @@ The task's reward is logged, and no part of the algorithm sees it. Compare with 
 Unlike in the published runs, there are two critics and their minimum, without z; the actor sees
 a_prev and learns from the first update on; temperatures follow the entropy on rows of both. They
 keep noise in the policy. If the expert has none the critic tells them apart by that, and Q of the
-policy sinks: then keep them low, --alpha .001 --alpha-lr 0 --alpha-z .001 --alpha-z-lr 0.
+policy sinks: then try low ones, --alpha .001 --alpha-lr 0 --alpha-z .001 --alpha-z-lr 0.
 
     python s2pg_lsiq.py --env-id InvertedPendulum-v4 --total-timesteps 20000
     python s2pg_lsiq.py --env-id Hopper-v4 --demonstrations expert.npz --loss iq_like
@@ -155,10 +155,10 @@ class Args:
     critic_lr: float = 1e-3
     """learning rate of the critic"""
     alpha: float = 1.0
-    """temperature of the action at the start; of an expert without noise choose .001"""
+    """temperature of the action at the start; of an expert without noise try .001"""
     alpha_lr: float = 3e-4
-    """learning rate of log alpha (its target entropy is -|A|); 0 keeps alpha as it is, which is
-    better with an expert without noise"""
+    """learning rate of log alpha (its target entropy is -|A|); 0 keeps alpha as it is, which
+    helped on the pendulum with an expert without noise"""
     alpha_z: float = 0.01
     """temperature of the internal state at the start"""
     alpha_z_lr: float = 3e-4

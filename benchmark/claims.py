@@ -86,7 +86,13 @@ CLAIMS = {
             "BPTT-SAC, L = 32, all rows": "bptt_sac.py --sequence-length 32 --loss-on all",
             "memoryless SAC": "s2pg_sac.py --memoryless",
         },
-        [f"{LONG} HalfCheetah-v4 --hide none --random-bodies"],
+        [
+            "--env-id InvertedDoublePendulum-v4 --hide none --random-bodies --total-timesteps 15000 "
+            f"--eval-frequency 1500 --eval-episodes 20 {MEDIUM}",
+            f"{LONG} HalfCheetah-v4 --hide none --random-bodies",
+        ],
+        seeds=3,
+        threshold={"InvertedDoublePendulum-v4": 5000, "HalfCheetah-v4": 2000},
     ),
     "ppo_and_bptt": Claim(
         "PPO with hidden velocities: what does training without sequences gain?",
@@ -96,9 +102,11 @@ CLAIMS = {
             "memoryless PPO": "s2pg_ppo.py --memoryless",
         },
         [
-            "--env-id HalfCheetah-v4 --num-envs 4 --num-steps 512 --total-timesteps 1000000 "
-            f"--eval-frequency 50000 --eval-episodes 10 {MEDIUM}"
+            "--env-id HalfCheetah-v4 --num-envs 4 --num-steps 512 --total-timesteps 500000 "
+            f"--eval-frequency 25000 --eval-episodes 10 {MEDIUM}"
         ],
+        seeds=3,
+        threshold={"HalfCheetah-v4": 1000},
     ),
     "ppo_in_wind": Claim(
         "PPO in a wind of unknown direction.",
@@ -109,8 +117,10 @@ CLAIMS = {
         },
         [
             "--env-id HalfCheetah-v4 --hide none --wind --num-envs 4 --num-steps 512 "
-            f"--total-timesteps 1000000 --eval-frequency 50000 --eval-episodes 10 {MEDIUM}"
+            f"--total-timesteps 500000 --eval-frequency 25000 --eval-episodes 10 {MEDIUM}"
         ],
+        seeds=3,
+        threshold={"HalfCheetah-v4": 1000},
     ),
     "cue_recall": Claim(
         "Long memory: how far back can a cue lie?",
@@ -141,7 +151,7 @@ CLAIMS = {
             f"{size} units": f"s2pg_sac.py{'' if size == 32 else f' --state-dim {size}'}"
             for size in (8, 32, 128)
         },
-        [f"{HOPPER} --total-timesteps 50000 --eval-frequency 5000"],
+        [f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500"],
         seeds=3,
     ),
     "cells": Claim(
@@ -151,7 +161,7 @@ CLAIMS = {
             "LSTM": "s2pg_sac.py --rnn lstm",
             "plain RNN": "s2pg_sac.py --rnn rnn",
         },
-        [f"{HOPPER} --total-timesteps 50000 --eval-frequency 5000"],
+        [f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500"],
         seeds=3,
     ),
     "kernel": Claim(

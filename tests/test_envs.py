@@ -462,7 +462,7 @@ def test_first_observation_comes_after_the_change():
 
 def test_deltas_reach_the_critic_and_not_the_policy():
     env = envs.make("Humanoid-v4", random_bodies=True)
-    assert sizes(env) == (376 - 140, 376 + 13)  # without cinert, which holds the masses
+    assert sizes(env) == (376 - 140 - 84, 376 + 13)  # without cinert and cvel
     plain = envs.make("Hopper-v4").reset(seed=3)[0]["policy"]
     env = envs.make("Hopper-v4", random_bodies=True)
     for deltas in ([0.3, 0.0, -0.3, 0.3], [-0.3, -0.3, 0.0, 0.0]):
@@ -474,6 +474,21 @@ def test_deltas_reach_the_critic_and_not_the_policy():
         bodies = unwrap(env, "RandomBodies")
         bodies.rng = np.random.default_rng(0)
     np.testing.assert_array_equal(env.reset(seed=3)[0]["policy"], plain)
+
+
+@pytest.mark.parametrize("env_id", MUJOCO_IDS)
+def test_bodies_that_move_alike_and_touch_nothing_look_alike_to_the_policy(env_id):
+    env = envs.make(env_id, random_bodies=True)
+    robot, visible, seen = env.unwrapped, unwrap(env, "Split").visible, []
+    robot.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_CONTACT
+    velocity = np.random.default_rng(0).standard_normal(robot.model.nv)
+    for delta in (0.3, 0.0, -0.3):
+        reset_with(env, delta)
+        robot.set_state(robot.init_qpos, velocity)
+        observation = robot._get_obs()
+        seen.append(observation[visible[: observation.size]])
+    np.testing.assert_array_equal(seen[0], seen[1])
+    np.testing.assert_array_equal(seen[2], seen[1])
 
 
 def test_deltas_are_drawn_evenly_and_for_each_body():
@@ -724,8 +739,8 @@ def test_leaving_the_field(env_id, action, axis):
         observation, reward, terminated, *_ = env.step(np.float32([action]))
         position += step
         inside = 0 <= position[axis] <= 150
-        assert terminated is not inside
-        assert (reward == -2) is not inside
+        assert terminated == (not inside)
+        assert (reward == -2) == (not inside)
         assert observation in env.observation_space
         if terminated:
             break
@@ -815,7 +830,7 @@ def test_hits_wall_agrees_with_a_dense_walk(x0, y0, x1, y1, left):
         way = before + np.linspace(0, 1, 20001)[:, None] * (after - before)
         x = way[np.abs(way[:, 1] - 60).argmin(), 0]
         if min(abs(x - left), abs(x - left - 40)) > 0.1:
-            assert hit is not (left <= x <= left + 40)
+            assert hit == (not left <= x <= left + 40)
     elif (y0 - 60) * (y1 - 60) > 0:
         assert not hit
 

@@ -25,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -56,7 +57,8 @@ class Args:
     cluster: Literal["none", "local", "slurm"] = "none"
     """submit through submitit"""
     slurm: dict[str, str] = dataclasses.field(default_factory=dict)
-    """parameters of submitit, as `--slurm slurm_partition cpu timeout_min 600 mem_gb 4`"""
+    """parameters of submitit, as `--slurm slurm_partition cpu timeout_min 600 mem_gb 4`; a run has a
+    day by default"""
 
 
 class Run(NamedTuple):
@@ -141,7 +143,8 @@ def execute(run):
         begun = run_dir(run)
         if begun is None:
             shutil.rmtree(run.folder / "runs", ignore_errors=True)
-            (run.folder / "machine.json").write_text(json.dumps(machine(), indent=2))
+        cuda = "--no-cuda" not in run.options
+        (run.folder / "machine.json").write_text(json.dumps(machine(cuda), indent=2))
         options = ["--resume", str(begun)] if begun else list(run.options)
         with open(run.folder / "log.txt", "a") as log:
             process = subprocess.Popen(
@@ -152,19 +155,23 @@ def execute(run):
             CHILDREN.add(process)
             if STOPPED:
                 process.terminate()
-            status = process.wait()
+            while process.poll() is None:  # wait() would hold a lock that `checkpoint` needs
+                time.sleep(0.2)
+            status = process.returncode
             CHILDREN.discard(process)
     return "done" if status == 0 else f"ended with status {status}, see {run.folder}/log.txt"
 
 
-def machine():
+def machine(cuda):
     """Versions, commit and hardware, for the CSV."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco")}
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(versions=versions, commit=commit.stdout.strip(), hardware=gpu or cpu_name())
+    command, commit = ["git", "describe", "--always", "--dirty"], ""
+    if shutil.which("git"):
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        commit = result.stdout.strip()
+    cuda = cuda and torch.cuda.is_available()
+    hardware = torch.cuda.get_device_name() if cuda else cpu_name()
+    return dict(versions=versions, commit=commit, hardware=hardware)
 
 
 def cpu_name():
@@ -196,8 +203,9 @@ def execute_here(runs, processes):
             futures = {pool.submit(execute, run): run for run in runs}
             bar = tqdm(concurrent.futures.as_completed(futures), total=len(runs), unit="run")
             for future in bar:
-                failed += future.result() not in ("done", "was done")
-                bar.write(f"{futures[future].folder.name} {future.result()}")
+                outcome = future.exception() or future.result()  # one that failed stops no other
+                failed += outcome not in ("done", "was done")
+                bar.write(f"{futures[future].folder.name} {outcome}")
         except SystemExit:
             pool.shutdown(wait=False, cancel_futures=True)
             stop_children()
@@ -220,6 +228,9 @@ class Submitted:
         stop_children()
         for process in list(CHILDREN):
             process.wait(timeout=60)
+        # this module goes with what is sent to the queue, where nothing runs or is to end
+        CHILDREN.clear()
+        STOPPED.clear()
         return submitit.helpers.DelayedSubmission(self, run)
 
 
@@ -228,15 +239,21 @@ def submit(runs, args):
     import submitit
 
     executor = submitit.AutoExecutor(folder=Path(args.out, "submitit"), cluster=args.cluster)
-    slurm = dict(slurm_array_parallelism=args.processes) if args.cluster == "slurm" else {}
-    executor.update_parameters(name="sweep", cpus_per_task=1, **slurm)
+    executor.update_parameters(
+        name="sweep", cpus_per_task=1, gpus_per_node=int(args.cuda), timeout_min=24 * 60
+    )
     numbers = {k: int(v) if v.isdecimal() else v for k, v in args.slurm.items()}
-    executor.update_parameters(**numbers)
-    jobs = executor.map_array(Submitted(), runs)
     if args.cluster == "slurm":
+        executor.update_parameters(slurm_array_parallelism=args.processes, **numbers)
+        jobs = executor.map_array(Submitted(), runs)
         print(f"{len(jobs)} runs submitted, as {jobs[0].job_id} and so on")
         return 0
-    failed = 0
+    executor.update_parameters(**numbers)
+    jobs, failed = [], 0
+    for run in runs:
+        while sum(not job.done() for job in jobs) >= args.processes:
+            time.sleep(0.2)
+        jobs.append(executor.submit(Submitted(), run))
     for job, run in zip(jobs, runs):
         error = job.exception()
         failed += error is not None

@@ -158,7 +158,7 @@ def test_runs_that_a_killed_sweep_left_behind_are_not_begun_twice(tmp_path):
 
 
 def test_submitit_takes_the_same_way(tmp_path):
-    options = "smoke", "--seeds", 2, "--cluster", "local", "--slurm", "timeout_min", 5
+    options = "smoke", "--seeds", 2, "--cluster", "local", "--processes", 1
     status, out, err = run("sweep", *options, cwd=tmp_path)
     assert status == 0, out + err
     assert all(map(sweep.is_done, smoke(tmp_path, seeds=(2,)))) and out.count("__2 done\n") == 2
@@ -167,6 +167,26 @@ def test_submitit_takes_the_same_way(tmp_path):
     assert status == 0 and out.count("not finished") == 2
     with open(tmp_path / "smoke.csv", newline="") as file:
         assert {row["seed"] for row in csv.DictReader(file)} == {"2"}
+
+
+def test_a_run_that_has_to_leave_its_node_goes_to_the_queue_again(tmp_path):
+    """submitit says so by a signal; its local controller starts again what asks for it."""
+    options = "smoke", "--seeds", 1, "--methods", "S2PG-SAC", "--cluster", "local"
+    (own,) = smoke(tmp_path, seeds=(1,), methods=("S2PG-SAC",))
+    process = start("sweep", *options, cwd=tmp_path)
+    wait_for(lambda: sweep.run_dir(own), "a checkpoint")
+    begun = sweep.run_dir(own)
+    (pid,) = [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/cwd")
+        if at(path) == tmp_path and b"submitit.core._submit" in (path.parent / "cmdline").read_bytes()
+    ]
+    os.kill(pid, signal.SIGUSR2)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "__1 done" in out, out + err
+    assert sweep.is_done(own) and sweep.run_dir(own) == begun
+    log = (own.folder / "log.txt").read_text()
+    assert "go on with --resume" in log and log.count("return at step 800") == 1
 
 
 def test_a_run_that_fails_fails_the_sweep(tmp_path):

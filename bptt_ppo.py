@@ -41,7 +41,6 @@ import re
 import signal
 import sys
 import time
-import warnings
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
@@ -85,9 +84,10 @@ class Args:
     hide: Literal["none", "velocities", "positions"] = "none"
     """what a MuJoCo observation hides from the policy; `TUNED` below hides velocities"""
     random_bodies: bool = False
-    """draw masses and geom sizes anew each episode; only the critic is told"""
+    """draw masses and geom sizes anew each episode; only a privileged critic is told"""
     wind: bool = False
-    """push the torso with a constant force of random sign; the forward reward follows its sign"""
+    """push the torso with a constant force of random sign, and reward running that way; only a
+    privileged critic is told"""
     privileged_critic: bool = False
     """let the critic see the whole state instead of what the policy sees"""
 
@@ -132,8 +132,8 @@ class Args:
     larger"""
 
     resume: str | None = None
-    """folder of a run to continue; options given beside it replace the run's own, but random
-    states come from the checkpoint; the rollout that was under way is not"""
+    """folder of a run to continue, from its last update on; options given beside it replace the
+    run's own, but the random state comes from the checkpoint"""
     checkpoint_frequency: int = 10_000
     """environment steps between two checkpoints"""
     eval_frequency: int = 10_000
@@ -168,7 +168,6 @@ TUNED = {
     "Swimmer": dict(hide="velocities"),
     "Walker2d": dict(hide="velocities", clip_coef=0.05),
 }
-EVAL_SEED = 2**20  # evaluation plays other episodes than training, and others each time
 
 
 class RecurrentNetwork(nn.Module):
@@ -432,17 +431,15 @@ class BPTTPPO:
         self.critic = RecurrentCritic(critic_dim, action_dim, args.state_dim, args.rnn).to(device)
         self.z_dim = self.actor.z_dim + self.critic.z_dim  # both have a memory
         self.parameters = [*self.actor.parameters(), *self.critic.parameters()]
-        self.lr = torch.tensor(args.learning_rate, device=device)  # for a graph to read
-        self.optimizer = torch.optim.Adam(
-            self.parameters, lr=self.lr, eps=1e-5, fused=True, capturable=args.cudagraphs
-        )
-        if args.cudagraphs:
-            raise ValueError("--cudagraphs is not for BPTT-PPO, whose minibatches vary in shape")
+        self.lr = torch.tensor(args.learning_rate, device=device)  # written by `train`
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, eps=1e-5, fused=True)
         self.loss = torch.compile(bptt_ppo_loss) if args.compile else bptt_ppo_loss
         self.row_sizes = obs_dim, critic_dim, self.z_dim, action_dim
 
     def make_rollout(self):
         args = self.args
+        if args.cudagraphs:
+            raise ValueError("--cudagraphs is not for BPTT-PPO, whose minibatches vary in shape")
         return Rollout(args.num_steps, args.num_envs, *self.row_sizes, self.device)
 
     @torch.no_grad()
@@ -514,38 +511,6 @@ class BPTTPPO:
 Agent = BPTTPPO  # what `train` and `replay` work with
 
 
-class Graphed:
-    """`function`, captured as a CUDA graph in its fourth call and replayed from then on.
-
-    All its kernels then take one launch. A replay repeats the kernels and not the Python, so what
-    changes between two calls must lie in tensors that are written in place; and it overwrites
-    what the call before returned. There is one graph for each combination of arguments.
-    """
-
-    def __init__(self, function):
-        self.function, self.calls, self.graphs = function, collections.Counter(), {}
-
-    def __call__(self, *args):
-        self.calls[args] += 1
-        if self.calls[args] <= 3:  # on a side stream, as the capture: they create what it reuses
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream), warnings.catch_warnings():
-                # of an optimiser that is made for a graph and not in one yet
-                warnings.filterwarnings("ignore", message=".*capturable=True")
-                result = self.function(*args)
-            torch.cuda.current_stream().wait_stream(stream)
-            return result
-        if args not in self.graphs:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                result = self.function(*args)
-            self.graphs[args] = graph, result
-        graph, result = self.graphs[args]
-        graph.replay()
-        return result
-
-
 def to_device(array, device):
     """A host array as a tensor; to a CUDA card through page-locked memory, without waiting."""
     tensor = torch.as_tensor(array)
@@ -557,7 +522,8 @@ def to_device(array, device):
 def make_env(args, num_envs, video_folder=None):
     """A vector environment: observations `Dict(policy, critic)`, actions in [-1, 1].
 
-    Replace `envs.make` by an environment of your own, or register it and name it in --env-id.
+    Register an environment of your own and name it in --env-id, or put it in the place of
+    `envs.make`: it then has that Dict itself, and an attribute `critic_sees_more`.
     """
 
     def make_one(index):
@@ -588,6 +554,15 @@ def dimensions(env):
     space = env.single_observation_space
     sizes = space["policy"].shape[0], space["critic"].shape[0], env.single_action_space.shape[0]
     return *sizes, env.get_attr("critic_sees_more")[0]
+
+
+def env_seed(args, step, evaluation=False):
+    """Of the first environment, from `step` on; the next ones have the seeds that follow.
+
+    Runs k and k + 1 have no environments in common, and evaluation plays others than training.
+    """
+    sequence = np.random.SeedSequence([args.seed, evaluation, step])
+    return int(sequence.generate_state(1)[0] >> 1)  # an int32, as some environments want it
 
 
 def evaluate(actor, env, episodes, deterministic, seed):
@@ -638,7 +613,7 @@ def log_returns(writer, actor, env, args, step):
     """Evaluate the actor, log its mean returns, and return them by mode."""
     result = {}
     for mode in ("deterministic", "stochastic"):
-        deterministic, seed = mode == "deterministic", args.seed + EVAL_SEED + step
+        deterministic, seed = mode == "deterministic", env_seed(args, step, evaluation=True)
         episodes = evaluate(actor, env, args.eval_episodes, deterministic, seed)
         result[mode] = np.mean([episode["rewards"].sum() for episode in episodes])
         writer.add_scalar(f"eval/return_{mode}", result[mode], step)
@@ -750,9 +725,10 @@ def train(args):
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     # as if the run had never stopped: `seconds` are those of training, without evaluations
-    start_time, rollout_step = time.time() - seconds, global_step
+    start_time = time.time() - seconds
+    rollout_step, rollout_seconds = global_step, seconds  # of the last update
     returns, metrics, result = collections.deque(maxlen=10), {}, {}
-    obs, _ = env.reset(seed=args.seed + global_step)  # a resumed run goes on with new episodes
+    obs, _ = env.reset(seed=env_seed(args, global_step))  # a resumed run: new episodes
     z = torch.zeros(args.num_envs, agent.z_dim, device=device)
     a_prev = torch.zeros(args.num_envs, agent.action_dim, device=device)
     first = np.ones(args.num_envs, dtype=bool)  # rows that begin an episode
@@ -796,6 +772,7 @@ def train(args):
                     lr *= 1 - rollout_step / args.total_timesteps
                 agent.lr.fill_(lr)
                 metrics, rollout_step = agent.update(rollout), global_step
+                rollout_seconds = time.time() - start_time
                 check_finite(metrics)
                 for name, value in metrics.items():
                     writer.add_scalar(name, value, global_step)
@@ -809,8 +786,10 @@ def train(args):
                 start_time = time.time() - seconds
             save = finished or passed(args.checkpoint_frequency, last_step, global_step)
             if save or stopped:
-                seconds = time.time() - start_time
-                state = dict(global_step=global_step, seconds=seconds, rng=torch.get_rng_state())
+                # what came after the last update is lost, and is to be played again
+                state = dict(
+                    global_step=rollout_step, seconds=rollout_seconds, rng=torch.get_rng_state()
+                )
                 if device.type == "cuda":
                     state["cuda_rng"] = torch.cuda.get_rng_state(device)
                 check_finite(metrics)
@@ -820,7 +799,7 @@ def train(args):
     env.close()
     eval_env.close()
     if not finished:
-        print(f"stopped at step {global_step}; go on with --resume {run_dir}")
+        print(f"stopped at step {rollout_step}; go on with --resume {run_dir}")
         sys.exit(128 + stop_signals[0])
     result = ", ".join(f"{mode} {mean:.1f}" for mode, mean in result.items())
     print(f"{run_dir}: return at step {global_step}: {result}")
@@ -836,7 +815,7 @@ def replay(args):
         env = make_env(args, min(args.eval_episodes, 8), videos if film else None)
         agent = Agent(args, *dimensions(env), device)
         load_checkpoint(args.evaluate, agent)
-        seed = args.seed + EVAL_SEED
+        seed = env_seed(args, 0, evaluation=True)
         episodes = evaluate(agent.actor, env, args.eval_episodes, deterministic, seed)
         env.close()
         returns = [episode["rewards"].sum() for episode in episodes]
@@ -884,7 +863,7 @@ def check_args(args):
     inf, buffer_size = math.inf, vars(args).get("buffer_size", 2**62)
     limits = dict(
         seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf), state_dim=(1, inf),
-        sequence_length=(1, inf), burn_in=(0, inf), buffer_size=(5 * args.num_envs, inf),
+        sequence_length=(1, inf), burn_in=(0, inf), buffer_size=(6 * args.num_envs, inf),
         # episodes of a single step fill two rows, one of them a transition
         learning_starts=(1, buffer_size // 2 - 2 * args.num_envs), batch_size=(1, inf),
         gamma=(0, 1 - 1e-9), tau=(1e-9, 1), utd=(0, 1e6), actor_lr=(0, inf), critic_lr=(0, inf),
@@ -901,18 +880,24 @@ def check_args(args):
         checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
         num_threads=(1, inf),
     )  # fmt: skip
-    for name in limits.keys() & vars(args).keys():
-        (low, high), value = limits[name], getattr(args, name)
+    for name, (low, high) in limits.items():
+        value = vars(args).get(name)
         if value is not None and not low <= value <= high:
             option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} is {value}; it must be in [{low}, {high}]")
+            given = f" with --buffer-size {buffer_size}" if name == "learning_starts" else ""
+            raise ValueError(f"{option} is {value}; it must be in [{low}, {high}]{given}")
     if args.resume and args.evaluate:
         raise ValueError("--resume and --evaluate exclude each other")
-    if args.track and importlib.util.find_spec("wandb") is None:
+    if args.track and not args.evaluate and importlib.util.find_spec("wandb") is None:
         raise ValueError("--track needs Weights and Biases: pip install wandb")
+    own = {"env_id", "hide", "random_bodies", "wind", "privileged_critic", "render_mode"}
+    for name in sorted(own & args.env_kwargs.keys()):
+        raise ValueError(f"--env-kwargs is for what the environment takes, and not for {name}")
     path = args.save_demonstrations
     if path and not (args.evaluate and path.endswith(".npz")):
         raise ValueError("--save-demonstrations takes a FILE.npz, and --evaluate RUN beside it")
+    if path and not os.path.isdir(os.path.dirname(path) or "."):
+        raise ValueError(f"--save-demonstrations {path}: there is no such folder")
     if args.stochastic_demonstrations and not path:
         raise ValueError("--stochastic-demonstrations needs --save-demonstrations FILE.npz")
 

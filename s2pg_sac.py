@@ -82,9 +82,10 @@ class Args:
     hide: Literal["none", "velocities", "positions"] = "none"
     """what a MuJoCo observation hides from the policy; `TUNED` below hides velocities"""
     random_bodies: bool = False
-    """draw masses and geom sizes anew each episode; only the critic is told"""
+    """draw masses and geom sizes anew each episode; only a privileged critic is told"""
     wind: bool = False
-    """push the torso with a constant force of random sign; the forward reward follows its sign"""
+    """push the torso with a constant force of random sign, and reward running that way; only a
+    privileged critic is told"""
     privileged_critic: bool = True
     """let the critic see the whole state; otherwise, or if the environment has no more to show, it
     sees what the policy sees, and z"""
@@ -169,7 +170,6 @@ TUNED = {
     "Walker2d": dict(hide="velocities", critic_lr=3e-4),
 }
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-EVAL_SEED = 2**20  # evaluation plays other episodes than training, and others each time
 
 
 class StochasticStatefulActor(nn.Module):
@@ -565,7 +565,8 @@ def descend(optimizer, loss):
 def make_env(args, num_envs, video_folder=None):
     """A vector environment: observations `Dict(policy, critic)`, actions in [-1, 1].
 
-    Replace `envs.make` by an environment of your own, or register it and name it in --env-id.
+    Register an environment of your own and name it in --env-id, or put it in the place of
+    `envs.make`: it then has that Dict itself, and an attribute `critic_sees_more`.
     """
 
     def make_one(index):
@@ -596,6 +597,15 @@ def dimensions(env):
     space = env.single_observation_space
     sizes = space["policy"].shape[0], space["critic"].shape[0], env.single_action_space.shape[0]
     return *sizes, env.get_attr("critic_sees_more")[0]
+
+
+def env_seed(args, step, evaluation=False):
+    """Of the first environment, from `step` on; the next ones have the seeds that follow.
+
+    Runs k and k + 1 have no environments in common, and evaluation plays others than training.
+    """
+    sequence = np.random.SeedSequence([args.seed, evaluation, step])
+    return int(sequence.generate_state(1)[0] >> 1)  # an int32, as some environments want it
 
 
 def evaluate(actor, env, episodes, deterministic, seed):
@@ -646,7 +656,7 @@ def log_returns(writer, actor, env, args, step):
     """Evaluate the actor, log its mean returns, and return them by mode."""
     result = {}
     for mode in ("deterministic", "stochastic"):
-        deterministic, seed = mode == "deterministic", args.seed + EVAL_SEED + step
+        deterministic, seed = mode == "deterministic", env_seed(args, step, evaluation=True)
         episodes = evaluate(actor, env, args.eval_episodes, deterministic, seed)
         result[mode] = np.mean([episode["rewards"].sum() for episode in episodes])
         writer.add_scalar(f"eval/return_{mode}", result[mode], step)
@@ -762,7 +772,7 @@ def train(args):
     # as if the run had never stopped: `seconds` are those of training, without evaluations
     start_time, updates_due = time.time() - seconds, 0.0
     returns, metrics, result = collections.deque(maxlen=10), {}, {}
-    obs, _ = env.reset(seed=args.seed + global_step)  # a resumed run goes on with new episodes
+    obs, _ = env.reset(seed=env_seed(args, global_step))  # a resumed run: new episodes
     z = torch.zeros(args.num_envs, agent.z_dim, device=device)
     a_prev = torch.zeros(args.num_envs, agent.action_dim, device=device)
     first = np.ones(args.num_envs, dtype=bool)  # rows that begin an episode
@@ -846,7 +856,7 @@ def replay(args):
         env = make_env(args, min(args.eval_episodes, 8), videos if film else None)
         agent = Agent(args, *dimensions(env), device)
         load_checkpoint(args.evaluate, agent)
-        seed = args.seed + EVAL_SEED
+        seed = env_seed(args, 0, evaluation=True)
         episodes = evaluate(agent.actor, env, args.eval_episodes, deterministic, seed)
         env.close()
         returns = [episode["rewards"].sum() for episode in episodes]
@@ -894,7 +904,7 @@ def check_args(args):
     inf, buffer_size = math.inf, vars(args).get("buffer_size", 2**62)
     limits = dict(
         seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf), state_dim=(1, inf),
-        sequence_length=(1, inf), burn_in=(0, inf), buffer_size=(5 * args.num_envs, inf),
+        sequence_length=(1, inf), burn_in=(0, inf), buffer_size=(6 * args.num_envs, inf),
         # episodes of a single step fill two rows, one of them a transition
         learning_starts=(1, buffer_size // 2 - 2 * args.num_envs), batch_size=(1, inf),
         gamma=(0, 1 - 1e-9), tau=(1e-9, 1), utd=(0, 1e6), actor_lr=(0, inf), critic_lr=(0, inf),
@@ -911,18 +921,24 @@ def check_args(args):
         checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
         num_threads=(1, inf),
     )  # fmt: skip
-    for name in limits.keys() & vars(args).keys():
-        (low, high), value = limits[name], getattr(args, name)
+    for name, (low, high) in limits.items():
+        value = vars(args).get(name)
         if value is not None and not low <= value <= high:
             option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} is {value}; it must be in [{low}, {high}]")
+            given = f" with --buffer-size {buffer_size}" if name == "learning_starts" else ""
+            raise ValueError(f"{option} is {value}; it must be in [{low}, {high}]{given}")
     if args.resume and args.evaluate:
         raise ValueError("--resume and --evaluate exclude each other")
-    if args.track and importlib.util.find_spec("wandb") is None:
+    if args.track and not args.evaluate and importlib.util.find_spec("wandb") is None:
         raise ValueError("--track needs Weights and Biases: pip install wandb")
+    own = {"env_id", "hide", "random_bodies", "wind", "privileged_critic", "render_mode"}
+    for name in sorted(own & args.env_kwargs.keys()):
+        raise ValueError(f"--env-kwargs is for what the environment takes, and not for {name}")
     path = args.save_demonstrations
     if path and not (args.evaluate and path.endswith(".npz")):
         raise ValueError("--save-demonstrations takes a FILE.npz, and --evaluate RUN beside it")
+    if path and not os.path.isdir(os.path.dirname(path) or "."):
+        raise ValueError(f"--save-demonstrations {path}: there is no such folder")
     if args.stochastic_demonstrations and not path:
         raise ValueError("--stochastic-demonstrations needs --save-demonstrations FILE.npz")
 

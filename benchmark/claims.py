@@ -87,8 +87,8 @@ CLAIMS = {
             "memoryless SAC": "s2pg_sac.py --memoryless",
         },
         [
-            "--env-id InvertedDoublePendulum-v4 --hide none --random-bodies --total-timesteps 15000 "
-            f"--eval-frequency 1500 --eval-episodes 20 {MEDIUM}",
+            "--env-id InvertedDoublePendulum-v4 --hide none --random-bodies "
+            f"--total-timesteps 15000 --eval-frequency 1500 --eval-episodes 20 {MEDIUM}",
             f"{LONG} HalfCheetah-v4 --hide none --random-bodies",
         ],
         seeds=3,

@@ -57,8 +57,8 @@ class Args:
     cluster: Literal["none", "local", "slurm"] = "none"
     """submit through submitit"""
     slurm: dict[str, str] = dataclasses.field(default_factory=dict)
-    """parameters of submitit, as `--slurm slurm_partition cpu timeout_min 600 mem_gb 4`; a run has a
-    day by default"""
+    """parameters of submitit, as `--slurm slurm_partition cpu timeout_min 600 mem_gb 4`; by default
+    a run has a day"""
 
 
 class Run(NamedTuple):

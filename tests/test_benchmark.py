@@ -179,7 +179,8 @@ def test_a_run_that_has_to_leave_its_node_goes_to_the_queue_again(tmp_path):
     (pid,) = [
         int(path.parent.name)
         for path in Path("/proc").glob("[0-9]*/cwd")
-        if at(path) == tmp_path and b"submitit.core._submit" in (path.parent / "cmdline").read_bytes()
+        if at(path) == tmp_path
+        and b"submitit.core._submit" in (path.parent / "cmdline").read_bytes()
     ]
     os.kill(pid, signal.SIGUSR2)
     out, err = process.communicate(timeout=120)

@@ -3,15 +3,18 @@
 A file is what `--save-demonstrations` of the scripts writes: an .npz with Minari's names. For
 episodes of T steps, one after another, `observations` and `critic_observations` have T + 1 rows
 each, `actions` (in the environment's units), `rewards`, `terminations` and `truncations` T rows;
-`env_id` names the environment.
+`env_id` names the environment, and `made_by` (JSON) holds the options of the script.
 """
 
 import importlib.util
 import itertools
+import json
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+
+from envs.mujoco import RandomBodies, Wind
 
 __all__ = ["load"]
 
@@ -44,9 +47,10 @@ def load(source: str | None, env: gym.Env, episodes: int | None = None) -> list[
 
     Raises:
         ValueError: The demonstrations cannot be read, are damaged, were made in another
-            environment, do not fit what `env` shows, or are fewer than `episodes`.
+            environment or a variant of it (`env_kwargs`, wind, random bodies), do not fit what
+            `env` shows, or are fewer than `episodes`.
     """
-    env_id = env.unwrapped.spec.id
+    env_id, options = env.unwrapped.spec.id, None
     if source is not None and source.startswith("minari:"):
         made_in, found = _from_minari(source.removeprefix("minari:"), episodes)
     else:
@@ -59,9 +63,14 @@ def load(source: str | None, env: gym.Env, episodes: int | None = None) -> list[
                 "an .npz file or a Minari data set"
             )
         source = str(path)
-        made_in, found = _from_file(path)
+        made_in, options, found = _from_file(path)
     if made_in is not None and made_in.split(":")[-1] != env_id:
         raise ValueError(f"{source} holds demonstrations of {made_in}, not of {env_id}")
+    for name, value in _variant(env).items():
+        if options is not None and options.get(name, value) != value:
+            raise ValueError(
+                f"{source} was made with {name} = {options[name]}, and here it is {value}"
+            )
     if not found:
         raise ValueError(f"{source} holds no episodes")
     if episodes is not None and len(found) < episodes:
@@ -70,7 +79,7 @@ def load(source: str | None, env: gym.Env, episodes: int | None = None) -> list[
 
 
 def _from_file(path):
-    """The `env_id` and the episodes of an .npz file."""
+    """The `env_id`, the options of the script that made it, or None, and the episodes of a file."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
@@ -93,7 +102,12 @@ def _from_file(path):
         ("observations", "critic_observations"), ends[:-1] + np.arange(1, len(ends))
     )
     parts = [np.split(column, starts[name]) for name, column in columns.items()]
-    return str(arrays["env_id"]), [dict(zip(columns, episode)) for episode in zip(*parts)]
+    try:
+        options = json.loads(str(arrays["made_by"])) if "made_by" in arrays else None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: made_by is no JSON") from error
+    episodes = [dict(zip(columns, episode)) for episode in zip(*parts)]
+    return str(arrays["env_id"]), options, episodes
 
 
 def _from_minari(name, episodes):
@@ -179,6 +193,17 @@ def _fit(episode, env, source):
         observations=seen["policy"], critic_observations=seen["critic"],
         actions=scaled.clip(-1, 1).astype(np.float32),
     )  # fmt: skip
+
+
+def _variant(env):
+    """What makes `env` another task than its id says, under the names of the scripts' options."""
+    layers, inner = set(), env
+    while isinstance(inner, gym.Wrapper):
+        layers.add(type(inner))
+        inner = inner.env
+    usual, kwargs = gym.spec(inner.spec.id).kwargs, inner.spec.kwargs
+    own = {k: v for k, v in kwargs.items() if k != "render_mode" and (k, v) not in usual.items()}
+    return dict(env_kwargs=own, wind=Wind in layers, random_bodies=RandomBodies in layers)
 
 
 def _visible(env):

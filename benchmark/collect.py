@@ -89,7 +89,7 @@ def evaluations(folder, label=None, machine=None, only_step_0=False):
     rows, seconds = [], values("charts/seconds")
     returns = [values(f"eval/return_{mode}") for mode in MODES]
     successes = [values(f"eval/success_{mode}") for mode in MODES]
-    for step in returns[0]:
+    for step in sorted(returns[0].keys() & returns[1].keys()):  # the run may be at its second
         if only_step_0 and step > 0:
             break
         rows.append([

@@ -66,18 +66,24 @@ def read(path, claim):
             seeds = points.setdefault(row["env_id"], {}).setdefault(row["label"], {})
             seed = seeds.setdefault(int(row["seed"]), {})
             options, step = json.loads(row["options"]), int(row["step"])
-            late = step % options.get("eval_frequency", 10_000)
-            step -= late * (
-                late < options.get("num_envs", 1)
-            )  # environments pass a multiple together
+            frequency = options.get("eval_frequency", 10_000)
+            late = step % frequency if frequency > 0 else 0
+            if late < options.get("num_envs", 1) and step - late not in seed:
+                step -= late  # environments pass a multiple together
             if step in seed:
-                raise SystemExit(f"{path}: two runs are {row['label']}, seed {row['seed']}")
+                raise SystemExit(
+                    f"plot.py: {path}: two runs are {row['label']}, seed {row['seed']}"
+                )
             values = [unit * float(row[f"{measure}_{mode}"]) for mode in MODES]
             seed[step] = [float(row["wall_seconds"]), *values]
     result = {}
     for env_id, labels in points.items():
         for label, seeds in labels.items():
             steps = sorted(set.intersection(*(set(seed) for seed in seeds.values())))
+            if not steps:
+                raise SystemExit(
+                    f"plot.py: {path}: the seeds of {label} were evaluated at no common step"
+                )
             values = [[seeds[number][step] for step in steps] for number in sorted(seeds)]
             seconds, stochastic, deterministic = np.moveaxis(np.array(values), -1, 0)
             curve = Curve(np.array(steps), seconds / 60, stochastic, deterministic)

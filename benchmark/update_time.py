@@ -116,19 +116,20 @@ def pieces(agent, buffer):
     batch = buffer.sample(agent.args.batch_size, agent.critic_sees_z)
 
     def critic():
-        loss, _ = s2pg_sac.soft_critic_loss(
+        loss, _ = agent.critic_loss(
             agent.actor, agent.critic, agent.target_critic, batch, alpha, agent.args.gamma
         )
         s2pg_sac.descend(agent.critic_optimizer, loss)
 
     def actor_and_temperatures():
-        loss, _, entropy, entropy_z = s2pg_sac.soft_actor_loss(
+        loss, _, entropy, entropy_z = agent.actor_loss(
             agent.actor, agent.critic, batch, alpha, alpha_z
         )
         loss = loss + s2pg_sac.temperature_loss(agent.log_alpha, entropy, -agent.action_dim)
         loss = loss + s2pg_sac.temperature_loss(agent.log_alpha_z, entropy_z, -agent.z_dim)
         s2pg_sac.descend(agent.actor_optimizer, loss)
 
+    @torch.no_grad()
     def targets():
         torch._foreach_lerp_(
             list(agent.target_critic.parameters()), list(agent.critic.parameters()), 0.005

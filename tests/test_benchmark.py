@@ -318,6 +318,47 @@ def test_shares_of_success_are_collected_and_shown_in_percent(tmp_path):
     assert (returns["PointMassMemory-v0"]["a"].stochastic == 7).all()
 
 
+def evaluated(path, steps, seed=1, finished=True, **options):
+    """A run in folder `path`, evaluated at `steps`; the last time noise-free only if unfinished."""
+    path.mkdir()
+    options = dict(env_id="Hopper-v4", exp_name="a", seed=seed) | options
+    (path / "args.json").write_text(json.dumps(vars(s2pg_ppo.Args(**options))))
+    with SummaryWriter(path) as writer:
+        for step in steps:
+            writer.add_scalar("eval/return_deterministic", step, step)
+            if finished or step < steps[-1]:
+                writer.add_scalar("eval/return_stochastic", step, step)
+    return collect.evaluations(path)
+
+
+@pytest.mark.parametrize(
+    "frequency, num_envs, seen, drawn",
+    [
+        (100, 1, [100, 200], [100, 200]),
+        (100, 4, [102, 203, 205], [100, 200, 205]),  # passed together; the end is no multiple
+        (0, 1, [250], [250]),  # evaluated at the end alone
+    ],
+)
+def test_steps_of_evaluations(frequency, num_envs, seen, drawn, tmp_path):
+    options = dict(eval_frequency=frequency, num_envs=num_envs)
+    collect.write(evaluated(tmp_path / "run", seen, **options), tmp_path / "a.csv")
+    found = plot.read(tmp_path / "a.csv", Claim("", {}, []))["Hopper-v4"]["a"]
+    assert found.steps.tolist() == drawn and found.stochastic.tolist() == [seen]
+
+
+def test_a_run_may_be_collected_while_it_is_evaluated(tmp_path):
+    rows = evaluated(tmp_path / "run", [100, 200], finished=False)
+    assert [row[collect.COLUMNS.index("step")] for row in rows] == [100]
+
+
+def test_seeds_without_a_common_step_are_answered_in_a_sentence(tmp_path):
+    rows = evaluated(tmp_path / "1", [100, 200])
+    rows += evaluated(tmp_path / "2", [150], seed=2, eval_frequency=50)
+    collect.write(rows, tmp_path / "a.csv")
+    with pytest.raises(SystemExit, match="the seeds of a were evaluated at no common step"):
+        plot.read(tmp_path / "a.csv", Claim("", {}, []))
+
+
 def test_a_picture_has_a_curve_for_each_method_and_clock(tmp_path, monkeypatch):
     axes = []
     monkeypatch.setattr(plt, "close", lambda figure: axes.extend(figure.axes))

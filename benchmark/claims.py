@@ -129,7 +129,8 @@ CLAIMS = {
             "BPTT-SAC, L = 5, all rows": "bptt_sac.py --sequence-length 5 --loss-on all",
             "BPTT-SAC, L = 32, all rows": "bptt_sac.py --sequence-length 32 --loss-on all",
             "BPTT-SAC, L = 32, from zeros": "bptt_sac.py --loss-on all --initial-state zero",
-            "BPTT-SAC, whole episodes": "bptt_sac.py --sequence-length HORIZON --loss-on all",
+            "BPTT-SAC, L = the horizon": "bptt_sac.py --sequence-length HORIZON --loss-on all",
+            "memoryless SAC": "s2pg_sac.py --memoryless",
         },
         [
             f"{CUE} CueRecall-v0 --total-timesteps 15000 --eval-frequency 1000",
@@ -253,17 +254,6 @@ CLAIMS = {
             "--env-id Hopper-v4 --batch-size 128 --total-timesteps 50000 --eval-frequency 5000 "
             f"--eval-episodes 8 {MEDIUM}",
         ],
-        seeds=3,
-        clock=False,
-    ),
-    "long_memory": Claim(
-        "A cue of a hundred steps ago.",
-        {
-            "S2PG-SAC": "s2pg_sac.py",
-            "BPTT-SAC, L = 32, all rows": "bptt_sac.py",
-            "memoryless SAC": "s2pg_sac.py --memoryless",
-        },
-        [f"{CUE} CueRecall-100-v0 --total-timesteps 20000 --eval-frequency 2500"],
         seeds=3,
         clock=False,
     ),

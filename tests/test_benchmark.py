@@ -66,7 +66,7 @@ def test_a_method_overrides_its_task_and_claims_share_runs():
     folders = {name: {run.folder for run in sweep.runs_of(CLAIMS[name], "out")} for name in CLAIMS}
     assert len(folders["state_size"] & folders["cells"]) == 3  # 32 units of a GRU, three seeds
     assert len(folders["sac_and_bptt"]) == 6 * 3 * 5
-    whole = sweep.runs_of(CLAIMS["cue_recall"], "out", methods=["BPTT-SAC, whole episodes"])
+    whole = sweep.runs_of(CLAIMS["cue_recall"], "out", methods=["BPTT-SAC, L = the horizon"])
     lengths = [sweep.final_args(run).sequence_length for run in whole[::3]]
     assert lengths == [20, 100, 300, 1000]
     on_a_card = sweep.runs_of(claim, "out", cuda=True)

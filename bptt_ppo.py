@@ -557,9 +557,9 @@ def dimensions(env):
 
 
 def env_seed(args, step, evaluation=False):
-    """Of the first environment, from `step` on; the next ones have the seeds that follow.
+    """The seed of the first environment from `step` on; the others have the next ones.
 
-    Runs k and k + 1 have no environments in common, and evaluation plays others than training.
+    Runs of other seeds, and evaluation, are given other episodes.
     """
     sequence = np.random.SeedSequence([args.seed, evaluation, step])
     return int(sequence.generate_state(1)[0] >> 1)  # an int32, as some environments want it

@@ -8,7 +8,7 @@ import importlib
 
 import pytest
 
-SAC = "s2pg_sac", "--total-timesteps", "15000", "--eval-frequency", "2500"
+SAC = "s2pg_sac", "--eval-frequency", "2500", "--total-timesteps"
 PPO = "s2pg_ppo", "--total-timesteps", "50000", "--eval-frequency", "10000"
 LSIQ = "s2pg_lsiq", "--total-timesteps", "7500", "--eval-frequency", "2500", "--batch-size", "128"
 GAIL = "s2pg_gail", "--total-timesteps", "100000", "--eval-frequency", "10000"
@@ -51,11 +51,11 @@ def learns(tmp_path, monkeypatch):
 
 
 def test_s2pg_sac_balances_a_pole_whose_velocity_it_cannot_see(learns):
-    assert learns(250, *SAC)
+    assert learns(250, *SAC, "20000")
 
 
 def test_without_a_memory_sac_cannot(learns):
-    assert not learns(150, *SAC, "--memoryless")
+    assert not learns(150, *SAC, "15000", "--memoryless")
 
 
 def test_s2pg_ppo_balances_a_pole_whose_velocity_it_cannot_see(learns):

@@ -123,9 +123,10 @@ def test_demonstrations_of_another_variant_of_the_task_are_refused(tmp_path):
         load(usual | dict(wind=True))
     with pytest.raises(ValueError, match="random_bodies = False, and here it is True"):
         load(usual, random_bodies=True)
-    hopper_file(path, made_by="{")
-    with pytest.raises(ValueError, match="made_by is no JSON"):
-        envs.demonstrations.load(path, envs.make("Hopper-v4"))
+    for made_by in ("{", "[1]", "3"):
+        hopper_file(path, made_by=made_by)
+        with pytest.raises(ValueError, match="made_by is no JSON object"):
+            envs.demonstrations.load(path, envs.make("Hopper-v4"))
 
 
 def test_actions_are_scaled_from_the_units_of_the_environment():

@@ -103,9 +103,9 @@ def _from_file(path):
     )
     parts = [np.split(column, starts[name]) for name, column in columns.items()]
     try:
-        options = json.loads(str(arrays["made_by"])) if "made_by" in arrays else None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: made_by is no JSON") from error
+        options = dict(json.loads(str(arrays["made_by"]))) if "made_by" in arrays else None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: made_by is no JSON object") from error
     episodes = [dict(zip(columns, episode)) for episode in zip(*parts)]
     return str(arrays["env_id"]), options, episodes
 

@@ -286,6 +286,7 @@ def one_graph(monkeypatch):
     """torch.compile of a whole function or an error, without the minutes of a C++ compiler."""
     options = dict(backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, **options))
+    torch._inductor.config.fallback_random = False  # its default, which is at times not to be read
     yield
     torch._dynamo.reset()
 

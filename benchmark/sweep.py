@@ -216,6 +216,8 @@ def execute_here(runs, processes):
 class Submitted:
     """What submitit calls, and sends to the queue again after a time limit or a preemption."""
 
+    patience = 60  # seconds that a run has to save; SLURM kills 90 s after submitit's signal
+
     def __call__(self, run):
         outcome = execute(run)
         if outcome not in ("done", "was done"):
@@ -227,7 +229,10 @@ class Submitted:
 
         stop_children()
         for process in list(CHILDREN):
-            process.wait(timeout=60)
+            try:
+                process.wait(self.patience)
+            except subprocess.TimeoutExpired:
+                process.kill()  # what it has saved before is enough to go on from
         # this module goes with what is sent to the queue, where nothing runs or is to end
         CHILDREN.clear()
         STOPPED.clear()

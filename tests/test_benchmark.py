@@ -190,6 +190,18 @@ def test_a_run_that_has_to_leave_its_node_goes_to_the_queue_again(tmp_path):
     assert "go on with --resume" in log and log.count("return at step 800") == 1
 
 
+def test_a_run_that_is_slow_to_leave_goes_to_the_queue_all_the_same(tmp_path):
+    (own,) = smoke(tmp_path, seeds=(1,), methods=("S2PG-SAC",))
+    submitted, process = sweep.Submitted(), subprocess.Popen(["sleep", "300"])
+    os.kill(process.pid, signal.SIGSTOP)  # so that it does not heed SIGTERM
+    submitted.patience = 0.1
+    sweep.CHILDREN.add(process)
+    delayed = submitted.checkpoint(own)
+    assert process.wait(timeout=10) == -signal.SIGKILL
+    assert delayed.function is submitted and delayed.args == (own,)
+    assert not sweep.CHILDREN and not sweep.STOPPED
+
+
 def test_a_run_that_fails_fails_the_sweep(tmp_path):
     (own,) = smoke(tmp_path, seeds=(1,), methods=("S2PG-SAC",))
     own.folder.mkdir(parents=True)

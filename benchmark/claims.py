@@ -117,7 +117,7 @@ CLAIMS = {
         },
         [
             "--env-id HalfCheetah-v4 --hide none --wind --num-envs 4 --num-steps 512 "
-            f"--total-timesteps 250000 --eval-frequency 25000 --eval-episodes 10 {MEDIUM}"
+            f"--total-timesteps 500000 --eval-frequency 25000 --eval-episodes 10 {MEDIUM}"
         ],
         seeds=3,
         threshold={"HalfCheetah-v4": 1000},

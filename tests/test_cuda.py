@@ -286,7 +286,6 @@ def one_graph(monkeypatch):
     """torch.compile of a whole function or an error, without the minutes of a C++ compiler."""
     options = dict(backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, **options))
-    torch._inductor.config.fallback_random = False  # its default, which is at times not to be read
     yield
     torch._dynamo.reset()
 
@@ -309,8 +308,12 @@ def test_compiled_losses_of_sequences_are_the_losses(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_kernels_of_the_compiler_compute_the_losses(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # the same random numbers
+# monkeypatch would take the option away afterwards, as it is not in the __dict__ of its module
+same_random_numbers = torch._inductor.config.patch(fallback_random=True)
+
+
+@same_random_numbers
+def test_kernels_of_the_compiler_compute_the_losses():
     torch._dynamo.reset()
     one, other = off_policy(s2pg_sac, 3), off_policy(s2pg_sac, 3, compile=True)
     assert_same(one, other, rtol=1e-3, atol=1e-4)
@@ -358,9 +361,8 @@ needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 @needs_card
 @pytest.mark.parametrize("script, options", VARIANTS)
 @pytest.mark.parametrize("mode", [dict(cudagraphs=True), dict(compile=True, cudagraphs=True)])
+@same_random_numbers
 def test_on_a_card_a_replayed_update_is_the_update(script, options, mode):
-    if "compile" in mode:
-        torch._inductor.config.fallback_random = True
     eager = off_policy(script, 8, torch.device("cuda"), **options)
     other = off_policy(script, 8, torch.device("cuda"), **mode, **options)
     assert_same(eager, other, rtol=1e-3, atol=1e-4)

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.11", "gymnasium[mujoco]>=1.1", "mujoco>=3.3", "tyro", "tensorboard", "numpy", "tqdm"
+#   "torch>=2.11", "gymnasium[mujoco]>=1.2", "mujoco>=3.3.5", "tyro", "tensorboard", "numpy", "tqdm"
 # ]
 # ///
 """S2PG-TD3: Twin Delayed DDPG with a stateful policy.

@@ -787,19 +787,19 @@ def test_minibatches_hold_the_rows_advantages_and_returns_of_their_transitions(s
     agent.update(rollout)
     places = {rows["log_prob"][t, n].item(): (t, n) for t, n in rows["valid"].nonzero().tolist()}
     for batch in (x.batch for x in seen):
-        at = torch.tensor([places[k] for k in batch.old_log_prob.tolist()]).T
+        at = tuple(torch.tensor([places[k] for k in batch.old_log_prob.tolist()]).T)
         expected = dict(old_value=value, advantage=advantage, returns=returns)
         for name, column in expected.items():
-            torch.testing.assert_close(getattr(batch, name), column[*at], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(getattr(batch, name), column[at], rtol=1e-6, atol=1e-6)
         inside = (batch.row, batch.column) if script is bptt_ppo else slice(None)
         for name, column in dict(obs=obs, state=state, a_prev=rows["a_prev"]).items():
-            assert torch.equal(getattr(batch, name)[inside], column[*at]), name
+            assert torch.equal(getattr(batch, name)[inside], column[at]), name
         if script is s2pg_ppo:
-            assert torch.equal(batch.z, rows["z"][*at])
-            sample = torch.cat([rows["action"][*at], rows["z"][at[0] + 1, at[1]]], -1)
+            assert torch.equal(batch.z, rows["z"][at])
+            sample = torch.cat([rows["action"][at], rows["z"][at[0] + 1, at[1]]], -1)
             assert torch.equal(batch.sample, sample)
         else:
-            assert torch.equal(batch.action, rows["action"][*at])
+            assert torch.equal(batch.action, rows["action"][at])
 
 
 @SCRIPTS

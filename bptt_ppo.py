@@ -868,6 +868,7 @@ def check_args(args):
         learning_starts=(1, buffer_size // 2 - 2 * args.num_envs), batch_size=(1, inf),
         gamma=(0, 1 - 1e-9), tau=(1e-9, 1), utd=(0, 1e6), actor_lr=(0, inf), critic_lr=(0, inf),
         alpha=(1e-9, inf), alpha_lr=(0, inf), alpha_z=(1e-9, inf), alpha_z_lr=(0, inf),
+        target_entropy_z=(-3.5, 0.5),  # a std is at least exp(-5); uniform in [-1, 1] it is .69
         exploration_noise=(0, inf), exploration_noise_z=(0, inf), policy_noise=(0, inf),
         noise_clip=(0, inf), policy_frequency=(1, inf), learning_rate=(0, inf),
         num_steps=(2, inf), num_minibatches=(1, inf), update_epochs=(1, inf), gae_lambda=(0, 1),

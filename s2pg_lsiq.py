@@ -165,7 +165,10 @@ class Args:
     alpha_z: float = 0.01
     """temperature of the internal state at the start"""
     alpha_z_lr: float = 3e-4
-    """learning rate of log alpha_z (its target entropy is -Z); 0 keeps alpha_z as it is"""
+    """learning rate of log alpha_z; 0 keeps alpha_z as it is"""
+    target_entropy_z: float = -1.0
+    """target entropy of the internal state, in nats per component, -1 as published: around 0 this
+    is a standard deviation of .09, and -3 one of .012"""
 
     resume: str | None = None
     """folder of a run to continue; options given beside it replace the run's own, but temperatures
@@ -662,7 +665,8 @@ class S2PGLSIQ:
             self.actor, self.critic, batch, alpha, alpha_z
         )
         alpha_loss = temperature_loss(self.log_alpha, entropy, -self.action_dim)
-        alpha_z_loss = temperature_loss(self.log_alpha_z, entropy_z, -self.z_dim)
+        target_z = args.target_entropy_z * self.z_dim
+        alpha_z_loss = temperature_loss(self.log_alpha_z, entropy_z, target_z)
         # the three share no parameter, so one step is a step of each
         descend(self.actor_optimizer, pi_loss + alpha_loss + alpha_z_loss)
 
@@ -1095,6 +1099,7 @@ def check_args(args):
         learning_starts=(1, buffer_size // 2 - 2 * args.num_envs), batch_size=(1, inf),
         gamma=(0, 1 - 1e-9), tau=(1e-9, 1), utd=(0, 1e6), actor_lr=(0, inf), critic_lr=(0, inf),
         alpha=(1e-9, inf), alpha_lr=(0, inf), alpha_z=(1e-9, inf), alpha_z_lr=(0, inf),
+        target_entropy_z=(-3.5, 0.5),  # a std is at least exp(-5); uniform in [-1, 1] it is .69
         exploration_noise=(0, inf), exploration_noise_z=(0, inf), policy_noise=(0, inf),
         noise_clip=(0, inf), policy_frequency=(1, inf), learning_rate=(0, inf),
         num_steps=(2, inf), num_minibatches=(1, inf), update_epochs=(1, inf), gae_lambda=(0, 1),

@@ -595,6 +595,16 @@ def test_the_temperatures_follow_the_entropies_of_the_samples():
         assert (agent.log_alpha > before[0]) == (agent.log_alpha_z > before[1]) == rises
 
 
+@pytest.mark.parametrize("target", [-3.0, -0.5, 0.5])
+def test_the_target_entropy_of_the_internal_state_is_per_component(target):
+    agent, buffer = make_agent(target_entropy_z=target)
+    metrics = agent.update(buffer)
+    excess = metrics["losses/entropy_z"] - target * STATE
+    expected = metrics["losses/alpha_z"] * excess
+    torch.testing.assert_close(metrics["losses/alpha_z_loss"], expected, rtol=1e-4, atol=1e-6)
+    assert (agent.log_alpha_z < math.log(agent.args.alpha_z)) == (excess > 0)
+
+
 @pytest.mark.parametrize("name", ["alpha", "alpha_z"])
 def test_a_learning_rate_of_zero_keeps_a_temperature(name):
     agent, buffer = make_agent(**{f"{name}_lr": 0.0, name: 0.2})
@@ -745,7 +755,8 @@ def test_both_scripts_have_the_same_defaults_for_what_they_share():
     assert {"actor_lr", "critic_lr", "tau", "gamma", "batch_size", "utd", "alpha_lr"} <= shared
     assert {k: ours[k] for k in shared} == {k: theirs[k] for k in shared}
     assert ours.keys() - theirs.keys() == {
-        "kernel", "memoryless", "critic_sees_z", "refresh", "alpha_z", "alpha_z_lr"
+        "kernel", "memoryless", "critic_sees_z", "refresh", "alpha_z", "alpha_z_lr",
+        "target_entropy_z",
     }  # fmt: skip
     assert theirs.keys() - ours.keys() == {
         "critic_sees_h", "sequence_length", "loss_on", "burn_in", "initial_state"

@@ -794,6 +794,14 @@ def test_the_critic_prefers_the_world_of_the_expert(loss):
     assert q[0] > q[1] + 3
 
 
+@pytest.mark.parametrize("target", [-3.0, -0.5])
+def test_the_target_entropy_of_the_memory_is_per_component(target):
+    agent, buffer, expert = two_worlds(target_entropy_z=target)
+    metrics = agent.update(buffer, expert)
+    expected = metrics["losses/alpha_z"] * (metrics["losses/entropy_z"] - target * 4)
+    torch.testing.assert_close(metrics["losses/alpha_z_loss"], expected, rtol=1e-4, atol=1e-6)
+
+
 def test_the_memory_of_both_is_refreshed_with_the_sample_of_the_actor_loss(monkeypatch):
     agent, buffer, expert = two_worlds()
     samples, loss = [], agent.actor_loss

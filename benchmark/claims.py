@@ -165,6 +165,19 @@ CLAIMS = {
         [f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500"],
         seeds=3,
     ),
+    "memory_entropy": Claim(
+        "How noisy should the memory of SAC be?",
+        {
+            "target entropy of z -Z": "s2pg_sac.py",
+            "target entropy of z -3Z": "s2pg_sac.py --target-entropy-z -3",
+        },
+        [
+            f"{HOPPER} --total-timesteps 50000 --eval-frequency 5000",
+            f"{CUE} CueRecall-100-v0 --total-timesteps 20000 --eval-frequency 1000",
+        ],
+        seeds=3,
+        clock=False,
+    ),
     "kernel": Claim(
         "Should the kernel keep what the cell keeps?",
         {

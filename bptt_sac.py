@@ -385,7 +385,8 @@ class SequenceBuffer(RowBuffer):
         """Sequences around transitions that are drawn uniformly.
 
         Such a transition comes last where only the last has a loss, and anywhere otherwise: always
-        last, it would leave the ends of episodes to very few sequences.
+        last, it would leave the ends of episodes to very few sequences. Sequences weigh the same,
+        however much of them is outside of the episode; so every transition counts the same.
         """
         n, cursor, written = self.num_envs, self.counters[2], self.counters[3]
         t = self.draw(batch_size if loss_on == "last" else max(1, batch_size // length))
@@ -405,11 +406,12 @@ class SequenceBuffer(RowBuffer):
         if loss_on == "last":
             row, weight = depth, torch.full_like(depth, 1 / len(t), dtype=torch.float32)
         else:
-            # up to the end of the episode, or to the newest row
+            # up to the end of the episode, to the newest row, or as if it began `limit` before t
             valid = (self.first[rows[1:]].cumsum(0) == 0) & (steps[:length] - depth < age)
+            valid &= steps[:length] < length - (limit - depth)
             row = steps[:length].expand_as(valid).flatten()
             column = column.expand_as(valid).flatten()
-            weight = valid.flatten() / valid.sum()
+            weight = (valid / valid.sum(0) / len(t)).flatten()
         at, after = rows[row, column], rows[row + 1, column]
 
         z_scale, warm = float(initial_state == "stored"), None

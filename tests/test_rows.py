@@ -257,22 +257,36 @@ def test_transitions_are_drawn_uniformly():
     assert (counts - 400).square().sum() / 400 < k + 5 * (2 * k) ** 0.5
 
 
-def test_a_loss_on_all_rows_does_not_neglect_the_ends_of_episodes():
-    """The last transition of an episode, the only one that terminates, counts half of the average
-    or more; were each drawn transition the last of its sequence, it would count 1 / 16."""
-    steps, length = 60, 16
-    buffer = SequenceBuffer(200, 1, 1, None, 1, 1, torch.device("cpu"))
-    for t in range(3 * (steps + 1)):
-        step = t % (steps + 1)
-        row = torch.full((1, 1), float(step))
-        ends = np.array([step == steps - 1])
-        buffer.add(row, row, row, row, np.zeros(1), ends, np.array([step == 0]))
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("length", [1, 5, 16])
+def test_a_loss_on_all_rows_weighs_all_transitions_alike(length, num_envs):
+    """Those of short episodes and of long ones, at the start, in the middle and at the end, in a
+    ring that is full or not."""
+    lanes = [[], [], []]
+    for env, lane in enumerate(lanes):
+        for episode, steps in enumerate([3, 40, 1, 8, 60, 2, 30, 5 + env, 11]):
+            # 4 apart, so that their numbers leave room for 64 steps
+            lane += [Row(env, 4 * episode, s, s == 0, s == steps - 1) for s in range(steps + 1)]
+    times, size = 140, 20_000
+    stream = Stream(num_envs, 90, 0, list(zip(*(lane[:times] for lane in lanes[:num_envs]))))
+    buffer = make_buffer(SequenceBuffer, stream)
     torch.manual_seed(0)
-    batch = buffer.sample(length * 20_000, length, "all", 0, "stored")
-    step = batch.obs[:, 0].long().clamp(max=steps - 1)
-    weight = steps * torch.zeros(steps).index_add(0, step, batch.weight)
-    assert weight[-1] > 0.5 and weight.min() > 0.4 and weight.max() < 2
-    assert 0.9 < weight[length:-length].mean() < 1.2
+    for written, drawable in play(buffer, stream):
+        if written not in (60, times):
+            continue
+        uids = torch.tensor([stream.rows[t][e].uid for t, e in drawable])
+        order = uids.argsort()
+        weights = []
+        for _ in range(20):
+            batch = buffer.sample(length * size, length, "all", 0, "stored")
+            torch.testing.assert_close(batch.weight.sum(), torch.tensor(1.0))
+            seen = batch.weight > 0
+            place = order[torch.searchsorted(uids[order], batch.obs[seen, 0].long())]
+            assert torch.equal(uids[place], batch.obs[seen, 0].long())
+            weights.append(torch.zeros(len(uids)).index_add(0, place, batch.weight[seen]))
+        weights = torch.stack(weights) * len(uids)
+        error = weights.std(0) / len(weights) ** 0.5
+        assert error.max() < 0.04 and (weights.mean(0) - 1).abs().max() < 5 * error.max()
 
 
 # --- the refresh of the internal state ------------------------------------------------------------
@@ -379,7 +393,7 @@ def check_sequences(batch, stream, written, drawn, limits, length, loss_on, burn
     assert (batch.burn_in is None) == (burn_in == 0)
 
     # by hand: where each sequence starts, and which transitions of it count
-    starts, counted, warm = [], [], []
+    starts, counted, shares, warm = [], [], [], []
     for column, (t, e) in enumerate(drawn):
         before = count_rows_before(stream, written, t, e)
         depth = min(limits[column], before)
@@ -392,9 +406,12 @@ def check_sequences(batch, stream, written, drawn, limits, length, loss_on, burn
                 if t - depth + k + 1 < written
                 and not any(stream.rows[t - depth + j + 1][e].first for j in range(k + 1))
             )  # fmt: skip
+            # where it would end, had the episode as many rows before as it wants
+            last = min(last, length - 1 - (limits[column] - depth))
             assert last >= depth  # the drawn transition is among them
         first = depth if loss_on == "last" else 0
         counted += [(row, column) for row in range(first, last + 1)]
+        shares += [1 / len(drawn) / (last + 1 - first)] * (last + 1 - first)
 
         run = [(t - depth + k, e) for k in range(last + 2)]
         rows = rows_at(stream, run)
@@ -406,10 +423,10 @@ def check_sequences(batch, stream, written, drawn, limits, length, loss_on, burn
 
     weighted = batch.weight.nonzero().flatten()
     pairs = list(zip(batch.row[weighted].tolist(), batch.column[weighted].tolist()))
+    share = dict(zip(counted, shares))
     assert sorted(pairs) == sorted(counted)
-    torch.testing.assert_close(
-        batch.weight[weighted], torch.full((len(counted),), 1 / len(counted))
-    )
+    expected = torch.tensor([share[pair] for pair in pairs])
+    torch.testing.assert_close(batch.weight[weighted], expected)
     if loss_on == "last":
         assert len(batch.weight) == len(drawn)
 

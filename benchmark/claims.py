@@ -103,7 +103,7 @@ CLAIMS = {
         },
         [
             "--env-id HalfCheetah-v4 --num-envs 4 --num-steps 512 --total-timesteps 500000 "
-            f"--eval-frequency 25000 --eval-episodes 10 {MEDIUM}"
+            "--eval-frequency 25000 --eval-episodes 10"
         ],
         seeds=3,
         threshold={"HalfCheetah-v4": 1000},

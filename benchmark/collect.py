@@ -13,7 +13,6 @@ not finished are left out and named.
 
 import csv
 import dataclasses
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -51,15 +50,19 @@ class Args:
 
 
 def script_of(args, folder):
-    """The name of the script that has just these options, those of the run in `folder`."""
-    for name in SCRIPTS:
-        if vars(importlib.import_module(name).Args()).keys() == args.keys():
-            return name
-    raise ValueError(f"no script has the options of {folder}; was it another version?")
+    """The name of the script that has these options, and the fewest others, of the run in `folder`.
+
+    An earlier version of it may have had fewer.
+    """
+    options = {name: vars(sweep.script_of(name).Args()).keys() for name in SCRIPTS}
+    fitting = [name for name in SCRIPTS if args.keys() <= options[name]]
+    if not fitting:
+        raise ValueError(f"no script has the options of {folder}; was it another version?")
+    return min(fitting, key=lambda name: len(options[name]))
 
 
-def evaluations(folder, label=None, machine=None, only_step_0=False):
-    """Rows of one run: its evaluations, and the level of its expert if it has one.
+def evaluations(folder, run=None, machine=None, only_step_0=False):
+    """Rows of one run, a `run` of sweep.py or any: its evaluations, and the level of its expert.
 
     ValueError where the folder is no run of these scripts, or has no evaluation yet.
     """
@@ -67,9 +70,9 @@ def evaluations(folder, label=None, machine=None, only_step_0=False):
     if not path.exists():
         raise ValueError(f"{folder} is no run: it holds no args.json")
     args = json.loads(path.read_text())
-    script = script_of(args, folder)
-    defaults = vars(importlib.import_module(script).Args())
-    options = {k: v for k, v in args.items() if v != defaults[k] and k not in COLUMNS}
+    script = script_of(args, folder) if run is None else Path(run.script).stem
+    defaults = vars(sweep.script_of(script).Args())
+    options = {k: v for k, v in args.items() if k not in COLUMNS and v != defaults.get(k)}
     for name in ("exp_name", "save_buffer"):
         options.pop(name, None)
     origin = ["", "", ""]  # of a run that sweep.py did not make nobody knows
@@ -93,8 +96,9 @@ def evaluations(folder, label=None, machine=None, only_step_0=False):
         if only_step_0 and step > 0:
             break
         rows.append([
-            args["env_id"], label or args["exp_name"], script, json.dumps(options), args["seed"],
-            step, round(seconds.get(step, 0.0), 1), *(value[step] for value in returns), *origin,
+            args["env_id"], run.label if run else args["exp_name"], script, json.dumps(options),
+            args["seed"], step, round(seconds.get(step, 0.0), 1),
+            *(value[step] for value in returns), *origin,
             *(value.get(step, "") for value in successes),
         ])  # fmt: skip
     if "charts/expert_return" in tags:
@@ -129,7 +133,7 @@ def collect_claim(name, args):
             print(f"not finished: {run.label}, {run.folder.name}")
             continue
         machine = json.loads((run.folder / "machine.json").read_text())
-        rows += evaluations(sweep.run_dir(run), run.label, machine, run.label in claim.cloning)
+        rows += evaluations(sweep.run_dir(run), run, machine, run.label in claim.cloning)
     if not rows:
         raise ValueError(f"no run of {name} is finished in {args.out}")
     write(rows, Path(args.results, f"{name}.csv"))

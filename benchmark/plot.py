@@ -7,13 +7,15 @@
 
 Curves are interquartile means over seeds with 95 % bands of a stratified bootstrap, as in Agarwal
 et al., "Deep reinforcement learning at the edge of the statistical precipice", 2021 (rliable).
-Of fewer than four seeds the interquartile mean is the mean. A table has the returns of each seed at
+Of fewer than four seeds these are the mean and the range. A table has the returns of each seed at
 the end, as no statistic of three seeds says more than the three.
 """
 
 import csv
 import dataclasses
+import itertools
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.ticker import EngFormatter
 from rliable import library as rly
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,35 +112,40 @@ def interquartile_mean(returns, repetitions=2000):
     return means[""], bands[""]
 
 
-def by_time(curve, returns, points=60):
-    """The curve over minutes: a grid [points], and returns [S, points] interpolated on it."""
-    grid = np.linspace(curve.minutes[:, 0].max(), curve.minutes[:, -1].min(), points)
-    return grid, np.array([np.interp(grid, *seed) for seed in zip(curve.minutes, returns)])
-
-
 def ordered(labels, claim):
     """In the order of the claim; what it does not know, such as the expert, comes last."""
     known = [label for label in claim.methods if label in labels]
     return known + [label for label in labels if label not in known]
 
 
-def colors_of(labels):
+def color_of(label):
     """Blue is S2PG, red and orange BPTT, grey what has no memory, black what is no competitor."""
-    families = {
-        "S2PG": ["C0", "#17becf", "#6a3d9a"],
-        "BPTT": ["#d62728", "#ff7f0e", "#8c564b", "#e377c2"],
-        "memoryless": ["#7f7f7f"], "SAC that sees": ["black"], "expert": ["black"],
-        "cloning": ["#bcbd22"],
+    own = {
+        "S2PG-SAC, no privileged critic": "#17becf", "target entropy of z -3Z": "C0",
+        "S2PG-PPO, memory std .2": "#17becf", "S2PG-PPO, memory std .5": "#6a3d9a",
+        "BPTT-SAC, L = 5, last row": "#ff7f0e", "BPTT-SAC, L = 5, all rows": "#ff7f0e",
+        "BPTT-SAC, L = 32, last row": "#8c564b", "BPTT-SAC, L = the horizon": "#8c564b",
+        "BPTT-SAC, L = 32, from zeros": "#e377c2",
     }  # fmt: skip
-    rest, colors = [f"C{i}" for i in range(10)], {}
-    for label in labels:
-        family = next((f for name, f in families.items() if label.startswith(name)), rest)
-        colors[label] = family.pop(0) if len(family) > 1 else family[0]
-    return colors
+    families = {
+        "S2PG": "C0", "BPTT": "#d62728", "memoryless": "#7f7f7f", "SAC that sees": "black",
+        "expert": "black", "cloning": "#bcbd22",
+    }  # fmt: skip
+    family = next((color for name, color in families.items() if label.startswith(name)), None)
+    return own.get(label, family)
+
+
+def title_of(env_id, claim):
+    """The environment, and what the claim asks of it."""
+    (task,) = [task for task in claim.tasks if f"--env-id {env_id} " in f"{task} "] or [""]
+    title = env_id
+    for option, words in (("--wind", "wind"), ("--random-bodies", "random bodies")):
+        title += f", {words}" * (option in task)
+    return title
 
 
 def draw(data, claim, path):
-    """Panels for each environment: the return against steps, and against minutes.
+    """Panels for each environment: the return against steps, and against minutes (medians).
 
     They stand below each other, and next to each other where there is one environment alone.
     """
@@ -148,10 +156,12 @@ def draw(data, claim, path):
         rows, columns, figsize=(5.2 * columns, 3.4 * rows), squeeze=False, layout="constrained"
     )
     labels = ordered({label: None for env in data.values() for label in env}, claim)
-    colors = colors_of(labels)
+    free = iter(f"C{i % 10}" for i in itertools.count())
+    colors = {label: color_of(label) or next(free) for label in labels}
     handles, (measure, mode) = {}, claim.column.split("_")
     for column, (env_id, curves) in zip(panels if len(data) == 1 else panels.T, data.items()):
-        column[0].set_title(env_id)
+        for panel in column:
+            panel.set_title(title_of(env_id, claim))
         for label in ordered(curves, claim):
             curve, style = curves[label], dict(color=colors[label], label=label)
             returns = getattr(curve, mode)
@@ -159,9 +169,10 @@ def draw(data, claim, path):
                 for panel in column:
                     panel.axhline(returns.mean(), lw=1.5, ls="--", **style)
                 continue
-            clocked = [by_time(curve, returns)] if claim.clock else []
-            for panel, (x, y) in zip(column, [(curve.steps, returns), *clocked]):
-                mean, (low, high) = interquartile_mean(y)
+            mean, (low, high) = interquartile_mean(returns)
+            if len(returns) == 1:
+                style |= dict(ls=(0, (4, 1)))  # it is no mean
+            for panel, x in zip(column, (curve.steps, np.median(curve.minutes, 0))):
                 panel.plot(x, mean, lw=2, **style)
                 panel.fill_between(x, low, high, color=colors[label], alpha=0.15, lw=0)
         for panel, unit in zip(column, ("environment steps", "minutes of training on one core")):
@@ -170,10 +181,12 @@ def draw(data, claim, path):
                 panel.axhline(claim.threshold[env_id], color="black", lw=0.8, ls=":")
             panel.spines[["top", "right"]].set_visible(False)
             panel.grid(alpha=0.25)
-        handles |= dict(zip(*column[0].get_legend_handles_labels()[::-1]))
+        column[0].xaxis.set_major_formatter(EngFormatter(sep=""))
+        handles = dict(zip(*column[0].get_legend_handles_labels()[::-1])) | handles
+    lines = math.ceil(len(labels) / (1 + columns))
     figure.legend(
-        handles.values(), handles, loc="outside lower center", frameon=False,
-        ncols=min(len(handles), 1 + columns),
+        [handles[label] for label in labels], labels, loc="outside lower center", frameon=False,
+        ncols=math.ceil(len(labels) / lines),
     )  # fmt: skip
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -197,7 +210,10 @@ def to_threshold(x, returns, threshold):
 def table(data, claim):
     """Markdown: a row for each environment and method."""
     measure, mode = claim.column.split("_")
-    header = ["", f"{UNITS[measure]} at the end, each seed", "noise-free", "IQM [95 %]", "best IQM"]
+    many = any(len(curve.stochastic) > 3 for curves in data.values() for curve in curves.values())
+    mean, spread = ("IQM", "95 %") if many else ("mean", "range")
+    header = ["", f"{UNITS[measure]} at the end, each seed", "noise-free"]
+    header += [f"{mean} [{spread}]", f"best {mean}"]
     if claim.threshold:
         header += ["steps to threshold"] + ["minutes"] * claim.clock
     lines = [header, ["---"] * len(header)]

@@ -143,8 +143,11 @@ def execute(run):
         begun = run_dir(run)
         if begun is None:
             shutil.rmtree(run.folder / "runs", ignore_errors=True)
-        cuda = "--no-cuda" not in run.options
-        (run.folder / "machine.json").write_text(json.dumps(machine(cuda), indent=2))
+        origin = machine(cuda="--no-cuda" not in run.options)
+        if begun:
+            before = json.loads((run.folder / "machine.json").read_text())["commit"].split()
+            origin["commit"] = " ".join(dict.fromkeys([*before, origin["commit"]]))
+        (run.folder / "machine.json").write_text(json.dumps(origin, indent=2))
         options = ["--resume", str(begun)] if begun else list(run.options)
         with open(run.folder / "log.txt", "a") as log:
             process = subprocess.Popen(
@@ -163,7 +166,7 @@ def execute(run):
 
 
 def machine(cuda):
-    """Versions, commit and hardware, for the CSV."""
+    """Versions, commit and hardware, for the CSV; a run that was cut off may have more commits."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco")}
     command, commit = ["git", "describe", "--always", "--dirty"], ""
     if shutil.which("git"):

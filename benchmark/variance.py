@@ -320,7 +320,7 @@ def draw_memory_noise(panel, rows, args, colors):
 
 
 def draw_noise_to_signal(panel, rows, args):
-    for estimator, memory_std, color in [("S2PG", args.memory_std, "C2"), ("BPTT", 0.0, "C7")]:
+    for estimator, memory_std, color in [("S2PG", args.memory_std, "C0"), ("BPTT", 0.0, "C3")]:
         curve = find(rows, estimator=estimator, memory_std=memory_std)
         values = column(curve, "variance_over_gradient")
         label = f"{estimator}, memory std {memory_std:g}"

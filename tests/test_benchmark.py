@@ -15,7 +15,9 @@ import pytest
 from rliable import metrics
 from torch.utils.tensorboard import SummaryWriter
 
+import bptt_sac
 import s2pg_ppo
+import s2pg_sac
 from benchmark import collect, plot, sweep
 from benchmark.claims import CLAIMS, Claim
 
@@ -83,6 +85,9 @@ def test_a_sweep_killed_at_any_time_finishes_what_is_left(tmp_path):
     first.communicate()
     begun = {run.folder: sweep.run_dir(run) for run in smoke(tmp_path) if sweep.run_dir(run)}
     assert begun and not all(map(sweep.is_done, smoke(tmp_path)))
+    for folder in begun:  # as if the code had changed since
+        origin = json.loads((folder / "machine.json").read_text())
+        (folder / "machine.json").write_text(json.dumps(origin | dict(commit="older")))
 
     second = start("sweep", *options, cwd=tmp_path)
     wait_for(lambda: any(map(sweep.is_done, smoke(tmp_path))), "a finished run")
@@ -119,6 +124,7 @@ def test_a_sweep_killed_at_any_time_finishes_what_is_left(tmp_path):
             assert seconds[0] > 0 and seconds == sorted(seconds) and seconds[-1] < 100
             assert all(('"memoryless": true' in row["options"]) == ("less" in label) for row in own)
             assert all("torch=" in row["versions"] and row["hardware"] for row in own)
+    assert {row["commit"] for row in rows} >= {"older " + sweep.machine(cuda=False)["commit"]}
     status, out, err = run("plot", "--csv", "results/smoke.csv", cwd=tmp_path)
     assert status == 0, err
     assert out.count("\n| ") == 5 - 1 and "| S2PG-SAC |" in out
@@ -274,13 +280,6 @@ def curve(minutes, returns, steps=(100, 200, 300)):
     return plot.Curve(np.array(steps), np.array(minutes, dtype=float), returns, returns)
 
 
-def test_curves_by_time_are_interpolated_where_all_seeds_were():
-    two = curve([[1, 2, 3], [2, 4, 6]], [[0, 10, 20], [0, 10, 20]])
-    grid, returns = plot.by_time(two, two.stochastic, points=3)
-    np.testing.assert_allclose(grid, [2, 2.5, 3])
-    np.testing.assert_allclose(returns, [[10, 15, 20], [0, 2.5, 5]])
-
-
 def test_the_time_to_a_threshold_is_the_median_of_its_first_crossing():
     steps = np.broadcast_to([100, 200, 300], (3, 3))
     returns = np.array([[0, 5, 0], [5, 0, 0], [0, 0, 5]])
@@ -303,6 +302,9 @@ def test_a_table_has_each_seed_and_levels_without_a_curve():
         f"| a | 5.0, 3.0 | 5.0, 3.0 | 4.0 [3.0, 5.0] | 4.0 at 300 | {never} | {never} |"
     )
     assert lines[5] == "| expert | 7.0 | 7.0 |  |  |  |  |"
+    assert "| mean [range] | best mean |" in lines[0]
+    data["E-v0"]["a"] = curve([[1, 2, 3]] * 4, np.ones((4, 3)))
+    assert "| IQM [95 %] | best IQM |" in plot.table(data, claim)
     assert len({line.count("|") for line in lines}) == 1
 
 
@@ -361,6 +363,25 @@ def test_steps_of_evaluations(frequency, num_envs, seen, drawn, tmp_path):
 def test_a_run_may_be_collected_while_it_is_evaluated(tmp_path):
     rows = evaluated(tmp_path / "run", [100, 200], finished=False)
     assert [row[collect.COLUMNS.index("step")] for row in rows] == [100]
+
+
+@pytest.mark.parametrize("script", [s2pg_sac, s2pg_ppo, bptt_sac])
+def test_runs_of_an_earlier_version_are_collected(script, tmp_path):
+    """One that lacked an option, and had one that is no more."""
+    evaluated(tmp_path / "run", [100])
+    args = vars(script.Args(env_id="Hopper-v4", exp_name="a", gamma=0.9))
+    del args["checkpoint_frequency"]
+    (tmp_path / "run/args.json").write_text(json.dumps(args))
+    (row,) = (dict(zip(collect.COLUMNS, row)) for row in collect.evaluations(tmp_path / "run"))
+    assert row["script"] == script.__name__ and json.loads(row["options"]) == {"gamma": 0.9}
+
+    own = sweep.Run("b", f"{script.__name__}.py", (), tmp_path)
+    (tmp_path / "run/args.json").write_text(json.dumps(args | dict(gone=1)))
+    machine = dict(versions={}, commit="", hardware="")
+    (row,) = collect.evaluations(tmp_path / "run", own, machine)
+    assert row[1:3] == ["b", script.__name__] and json.loads(row[3]) == {"gamma": 0.9, "gone": 1}
+    with pytest.raises(ValueError, match="no script has the options"):
+        collect.evaluations(tmp_path / "run")
 
 
 def test_seeds_without_a_common_step_are_answered_in_a_sentence(tmp_path):

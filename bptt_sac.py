@@ -149,7 +149,8 @@ class Args:
     num_threads: int = 1
     """CPU threads of torch; more than one rarely pays for networks of this size"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of float32 matrix products: "medium" computes them in bfloat16 where the hardware can"""
+    """of float32 matrix products: "medium" allows bfloat16 and, on a CPU, other kernels, which may
+    be faster (SAC) or slower (PPO)"""
     compile: bool = False
     """on CUDA: torch.compile the losses"""
     cudagraphs: bool = False

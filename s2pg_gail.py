@@ -187,7 +187,8 @@ class Args:
     num_threads: int = 1
     """CPU threads of torch; more than one rarely pays for networks of this size"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of float32 matrix products: "medium" computes them in bfloat16 where the hardware can"""
+    """of float32 matrix products: "medium" allows bfloat16 and, on a CPU, other kernels, which may
+    be faster (SAC) or slower (PPO)"""
     compile: bool = False
     """on CUDA: torch.compile the losses"""
     cudagraphs: bool = False
@@ -1035,9 +1036,11 @@ def train(args):
         writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
         writer.add_scalar("charts/expert_return", np.mean(demonstrations.returns), global_step)
         if args.bc_steps > 0 and not args.resume:
-            writer.add_scalar(
-                "losses/bc_loss", agent.clone(demonstrations, stop_signals), global_step
-            )
+            loss = agent.clone(demonstrations, stop_signals)
+            if stop_signals:
+                print("stopped while cloning, of which nothing is saved")
+                sys.exit(128 + stop_signals[0])
+            writer.add_scalar("losses/bc_loss", loss, global_step)
             seconds = time.time() - start_time
             writer.add_scalar("charts/seconds", seconds, global_step)
             result = log_returns(writer, agent.actor, eval_env, args, global_step)

@@ -138,7 +138,7 @@ class Args:
     critic_sees_z: bool = False
     """give z to a privileged critic too, as published"""
     refresh: bool = True
-    """rewrite the stored internal state of the sampled rows after each actor step"""
+    """rewrite the stored internal state that follows the sampled rows after each actor step"""
 
     buffer_size: int = 1_000_000
     """rows of the replay buffer, over all environments"""
@@ -190,7 +190,8 @@ class Args:
     num_threads: int = 1
     """CPU threads of torch; more than one rarely pays for networks of this size"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of float32 matrix products: "medium" computes them in bfloat16 where the hardware can"""
+    """of float32 matrix products: "medium" allows bfloat16 and, on a CPU, other kernels, which may
+    be faster (SAC) or slower (PPO)"""
     compile: bool = False
     """on CUDA: torch.compile the losses"""
     cudagraphs: bool = False
@@ -218,10 +219,10 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 class StochasticStatefulActor(nn.Module):
     """The joint kernel pi(a, z' | o, z, a_prev), a squashed diagonal Gaussian.
 
-    A recurrent cell gives g, the noise-free next internal state. The internal-state kernel spreads
-    z' around g, the stateless policy reads (o, g). It reads g and not the sample z', so a and z'
-    are conditionally independent, and a stored action stays a legitimate sample of the policy when
-    the stored z' is refreshed.
+    A recurrent cell gives g, the next internal state without noise (before the published kernel
+    squashes it again). The internal-state kernel spreads z' around g, the stateless policy reads
+    (o, g). It reads g and not the sample z', so a and z' are conditionally independent, and a
+    stored action stays a legitimate sample of the policy when the stored z' is refreshed.
 
     Shapes: o [B, O]; z, z', g [B, Z] in (-1, 1); a, a_prev [B, A] in (-1, 1). For an LSTM
     z = (h, tanh c), which keeps the unbounded cell state in the same interval.
@@ -322,8 +323,8 @@ class TwinCritic(nn.Module):
 class ImitationCritic(TwinCritic):
     """Q_1 and Q_2 [2, B] of (s, a, z'), without a_prev.
 
-    What comes after is the same with any a_prev, and it would tell the expert from a policy that
-    does the same.
+    Given s and a, what comes after does not depend on a_prev. As an input it would only help to
+    tell the expert's rows from the policy's.
     """
 
     def forward(self, state, action, z, a_prev):
@@ -963,9 +964,11 @@ def train(args):
         writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
         writer.add_scalar("charts/expert_return", np.mean(demonstrations.returns), global_step)
         if args.bc_steps > 0 and not args.resume:
-            writer.add_scalar(
-                "losses/bc_loss", agent.clone(demonstrations, stop_signals), global_step
-            )
+            loss = agent.clone(demonstrations, stop_signals)
+            if stop_signals:
+                print("stopped while cloning, of which nothing is saved")
+                sys.exit(128 + stop_signals[0])
+            writer.add_scalar("losses/bc_loss", loss, global_step)
             seconds = time.time() - start_time
             writer.add_scalar("charts/seconds", seconds, global_step)
             result = log_returns(writer, agent.actor, eval_env, args, global_step)

@@ -96,7 +96,7 @@ class Args:
     state_dim: int = 32
     """size of the recurrent cell (the internal state of an LSTM, h and c, is twice as large)"""
     memoryless: bool = False
-    """drop the internal state: PPO on what the policy sees (V still gets a_prev)"""
+    """drop the internal state: PPO with a policy of what it sees alone (V still gets a_prev)"""
     std: float = 0.5
     """standard deviation of the action at the start, where its range is [-1, 1]"""
     std_z: float = 0.1
@@ -152,7 +152,8 @@ class Args:
     num_threads: int = 1
     """CPU threads of torch; more than one rarely pays for networks of this size"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of float32 matrix products: "medium" computes them in bfloat16 where the hardware can"""
+    """of float32 matrix products: "medium" allows bfloat16 and, on a CPU, other kernels, which may
+    be faster (SAC) or slower (PPO)"""
     compile: bool = False
     """on CUDA: torch.compile the losses"""
     cudagraphs: bool = False

@@ -98,11 +98,11 @@ class Args:
     state_dim: int = 32
     """size of the recurrent cell (the internal state of an LSTM, h and c, is twice as large)"""
     memoryless: bool = False
-    """drop the internal state: SAC on what the policy sees (Q still gets a_prev)"""
+    """drop the internal state: SAC with a policy of what it sees alone (Q still gets a_prev)"""
     critic_sees_z: bool = False
     """give z to a privileged critic too, as published"""
     refresh: bool = True
-    """rewrite the stored internal state of the sampled rows after each actor step"""
+    """rewrite the stored internal state that follows the sampled rows after each actor step"""
 
     buffer_size: int = 1_000_000
     """rows of the replay buffer, over all environments"""
@@ -152,7 +152,8 @@ class Args:
     num_threads: int = 1
     """CPU threads of torch; more than one rarely pays for networks of this size"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of float32 matrix products: "medium" computes them in bfloat16 where the hardware can"""
+    """of float32 matrix products: "medium" allows bfloat16 and, on a CPU, other kernels, which may
+    be faster (SAC) or slower (PPO)"""
     compile: bool = False
     """on CUDA: torch.compile the losses"""
     cudagraphs: bool = False
@@ -178,10 +179,10 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 class StochasticStatefulActor(nn.Module):
     """The joint kernel pi(a, z' | o, z, a_prev), a squashed diagonal Gaussian.
 
-    A recurrent cell gives g, the noise-free next internal state. The internal-state kernel spreads
-    z' around g, the stateless policy reads (o, g). It reads g and not the sample z', so a and z'
-    are conditionally independent, and a stored action stays a legitimate sample of the policy when
-    the stored z' is refreshed.
+    A recurrent cell gives g, the next internal state without noise (before the published kernel
+    squashes it again). The internal-state kernel spreads z' around g, the stateless policy reads
+    (o, g). It reads g and not the sample z', so a and z' are conditionally independent, and a
+    stored action stays a legitimate sample of the policy when the stored z' is refreshed.
 
     Shapes: o [B, O]; z, z', g [B, Z] in (-1, 1); a, a_prev [B, A] in (-1, 1). For an LSTM
     z = (h, tanh c), which keeps the unbounded cell state in the same interval.

@@ -97,11 +97,11 @@ class Args:
     state_dim: int = 32
     """size of the recurrent cell (the internal state of an LSTM, h and c, is twice as large)"""
     memoryless: bool = False
-    """drop the internal state: TD3 on what the policy sees (Q still gets a_prev)"""
+    """drop the internal state: TD3 with a policy of what it sees alone (Q still gets a_prev)"""
     critic_sees_z: bool = False
     """give z to a privileged critic too, as published"""
     refresh: bool = True
-    """rewrite the stored internal state of the sampled rows after each actor step"""
+    """rewrite the stored internal state that follows the sampled rows after each actor step"""
 
     buffer_size: int = 1_000_000
     """rows of the replay buffer, over all environments"""
@@ -151,7 +151,8 @@ class Args:
     num_threads: int = 1
     """CPU threads of torch; more than one rarely pays for networks of this size"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of float32 matrix products: "medium" computes them in bfloat16 where the hardware can"""
+    """of float32 matrix products: "medium" allows bfloat16 and, on a CPU, other kernels, which may
+    be faster (SAC) or slower (PPO)"""
     compile: bool = False
     """on CUDA: torch.compile the losses"""
     cudagraphs: bool = False

@@ -572,8 +572,11 @@ def test_a_signal_ends_the_cloning(script, tmp_path):
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "go on with --resume" in out
-    assert load(only_run(tmp_path))["global_step"] <= 1
+    assert process.returncode == 128 + signal.SIGTERM
+    assert out.endswith("stopped while cloning, of which nothing is saved\n")
+    run_dir = only_run(tmp_path)  # no half a clone that is taken for a whole one
+    assert not (run_dir / "checkpoint.pt").exists()
+    assert scalars(run_dir, "eval/return_stochastic") == ([], [])
 
 
 @each(*OFF_POLICY, *ON_POLICY)

@@ -98,10 +98,11 @@ class Args:
     """give h to a privileged critic too"""
     sequence_length: int = 32
     """rows L that gradients flow through"""
-    loss_on: Literal["last", "all"] = "all"
+    loss_on: Literal["last", "all", "all-uniform"] = "all"
     """rows of a sequence with a loss: "last" takes batch_size sequences (as published), "all" takes
     batch_size / sequence_length, so that neither sees more than batch_size transitions (unless a
-    single sequence has more)"""
+    single sequence has more); "all" counts the rows of a batch alike, and so transitions of short
+    episodes less, "all-uniform" counts every transition the same, as "last" and S2PG do"""
     burn_in: int = 0
     """rows before the sequence that only warm up its initial state; where the episode has fewer,
     the sequence begins with the initial state as it is"""
@@ -386,8 +387,10 @@ class SequenceBuffer(RowBuffer):
         """Sequences around transitions that are drawn uniformly.
 
         Such a transition comes last where only the last has a loss, and anywhere otherwise: always
-        last, it would leave the ends of episodes to very few sequences. Sequences weigh the same,
-        however much of them is outside of the episode; so every transition counts the same.
+        last, it would leave the ends of episodes to very few sequences. With "all" the rows of a
+        batch weigh the same, so transitions of short episodes count less: there are fewer sequences
+        that hold them. With "all-uniform" sequences do, whatever the episode leaves of them, and so
+        every transition counts the same.
         """
         n, cursor, written = self.num_envs, self.counters[2], self.counters[3]
         t = self.draw(batch_size if loss_on == "last" else max(1, batch_size // length))
@@ -407,12 +410,14 @@ class SequenceBuffer(RowBuffer):
         if loss_on == "last":
             row, weight = depth, torch.full_like(depth, 1 / len(t), dtype=torch.float32)
         else:
-            # up to the end of the episode, to the newest row, or as if it began `limit` before t
+            # up to the end of the episode, or to the newest row
             valid = (self.first[rows[1:]].cumsum(0) == 0) & (steps[:length] - depth < age)
-            valid &= steps[:length] < length - (limit - depth)
+            if loss_on == "all-uniform":  # a start that the episode lacks shortens it, too
+                valid &= steps[:length] < length - (limit - depth)
             row = steps[:length].expand_as(valid).flatten()
             column = column.expand_as(valid).flatten()
-            weight = (valid / valid.sum(0) / len(t)).flatten()
+            weight = valid / (valid.sum(0) * len(t) if loss_on == "all-uniform" else valid.sum())
+            weight = weight.flatten()
         at, after = rows[row, column], rows[row + 1, column]
 
         z_scale, warm = float(initial_state == "stored"), None

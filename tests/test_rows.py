@@ -257,9 +257,27 @@ def test_transitions_are_drawn_uniformly():
     assert (counts - 400).square().sum() / 400 < k + 5 * (2 * k) ** 0.5
 
 
+def test_a_loss_on_all_rows_does_not_neglect_the_ends_of_episodes():
+    """The last transition of an episode, the only one that terminates, counts half of the average
+    or more; were each drawn transition the last of its sequence, it would count 1 / 16."""
+    steps, length = 60, 16
+    buffer = SequenceBuffer(200, 1, 1, None, 1, 1, torch.device("cpu"))
+    for t in range(3 * (steps + 1)):
+        step = t % (steps + 1)
+        row = torch.full((1, 1), float(step))
+        ends = np.array([step == steps - 1])
+        buffer.add(row, row, row, row, np.zeros(1), ends, np.array([step == 0]))
+    torch.manual_seed(0)
+    batch = buffer.sample(length * 20_000, length, "all", 0, "stored")
+    step = batch.obs[:, 0].long().clamp(max=steps - 1)
+    weight = steps * torch.zeros(steps).index_add(0, step, batch.weight)
+    assert weight[-1] > 0.5 and weight.min() > 0.4 and weight.max() < 2
+    assert 0.9 < weight[length:-length].mean() < 1.2
+
+
 @pytest.mark.parametrize("num_envs", [1, 3])
 @pytest.mark.parametrize("length", [1, 5, 16])
-def test_a_loss_on_all_rows_weighs_all_transitions_alike(length, num_envs):
+def test_a_uniform_loss_on_all_rows_weighs_all_transitions_alike(length, num_envs):
     """Those of short episodes and of long ones, at the start, in the middle and at the end, in a
     ring that is full or not."""
     lanes = [[], [], []]
@@ -278,7 +296,7 @@ def test_a_loss_on_all_rows_weighs_all_transitions_alike(length, num_envs):
         order = uids.argsort()
         weights = []
         for _ in range(20):
-            batch = buffer.sample(length * size, length, "all", 0, "stored")
+            batch = buffer.sample(length * size, length, "all-uniform", 0, "stored")
             torch.testing.assert_close(batch.weight.sum(), torch.tensor(1.0))
             seen = batch.weight > 0
             place = order[torch.searchsorted(uids[order], batch.obs[seen, 0].long())]
@@ -348,7 +366,7 @@ def test_the_next_sample_sees_refreshed_states():
 sequence_options = dict(
     stream=streams(min_slots=4, max_slots=20),
     length=st.integers(1, 16),
-    loss_on=st.sampled_from(["last", "all"]),
+    loss_on=st.sampled_from(["last", "all", "all-uniform"]),
     burn_in=st.sampled_from([0, 1, 2, 5]),
     initial_state=st.sampled_from(["stored", "zero"]),
     seed=st.integers(0, 1000),
@@ -380,7 +398,7 @@ def test_sequences_are_consecutive_rows_of_one_episode(
         drawn = [place[i] for i in index.tolist()]
         # where the drawn transition is to stand in its sequence
         limits = [length - 1] * 40
-        if loss_on == "all":
+        if loss_on != "last":
             limits = torch.randint_like(index, length).tolist()
         stored = initial_state == "stored"
         check_sequences(batch, stream, written, drawn, limits, length, loss_on, burn_in, stored)
@@ -400,14 +418,15 @@ def check_sequences(batch, stream, written, drawn, limits, length, loss_on, burn
         starts.append((t - depth, e))
         warm.append(burn_in > 0 and before - depth >= burn_in)
         last = depth
-        if loss_on == "all":
+        if loss_on != "last":
             last = max(
                 k for k in range(length)
                 if t - depth + k + 1 < written
                 and not any(stream.rows[t - depth + j + 1][e].first for j in range(k + 1))
             )  # fmt: skip
-            # where it would end, had the episode as many rows before as it wants
-            last = min(last, length - 1 - (limits[column] - depth))
+            if loss_on == "all-uniform":
+                # where it would end, had the episode as many rows before as it wants
+                last = min(last, length - 1 - (limits[column] - depth))
             assert last >= depth  # the drawn transition is among them
         first = depth if loss_on == "last" else 0
         counted += [(row, column) for row in range(first, last + 1)]
@@ -423,6 +442,8 @@ def check_sequences(batch, stream, written, drawn, limits, length, loss_on, burn
 
     weighted = batch.weight.nonzero().flatten()
     pairs = list(zip(batch.row[weighted].tolist(), batch.column[weighted].tolist()))
+    if loss_on == "all":
+        shares = [1 / len(counted)] * len(counted)
     share = dict(zip(counted, shares))
     assert sorted(pairs) == sorted(counted)
     expected = torch.tensor([share[pair] for pair in pairs])

@@ -388,9 +388,9 @@ class SequenceBuffer(RowBuffer):
 
         Such a transition comes last where only the last has a loss, and anywhere otherwise: always
         last, it would leave the ends of episodes to very few sequences. With "all" the rows of a
-        batch weigh the same, so transitions of short episodes count less: there are fewer sequences
-        that hold them. With "all-uniform" sequences do, whatever the episode leaves of them, and so
-        every transition counts the same.
+        batch weigh the same; transitions of short episodes, of which fewer sequences are drawn,
+        count less. With "all-uniform" the sequences weigh the same, whatever the episode leaves of
+        them, and every transition counts the same.
         """
         n, cursor, written = self.num_envs, self.counters[2], self.counters[3]
         t = self.draw(batch_size if loss_on == "last" else max(1, batch_size // length))

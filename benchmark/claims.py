@@ -235,7 +235,7 @@ CLAIMS = {
         clock=False,
     ),
     "matmul_precision": Claim(
-        "Do matrix products in bfloat16 harm?",
+        "Do results depend on the precision that matrix products are allowed?",
         {"highest": "s2pg_sac.py --matmul-precision highest", "medium": "s2pg_sac.py"},
         [f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500"],
         seeds=3,

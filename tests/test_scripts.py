@@ -445,7 +445,8 @@ OPTIONS = {
         dict(alpha_lr=0.0), dict(alpha_z_lr=0.0),
     ],
     bptt_sac: [
-        dict(loss_on="last", sequence_length=3), dict(sequence_length=1), dict(burn_in=2),
+        dict(loss_on="last", sequence_length=3), dict(sequence_length=1),
+        dict(loss_on="all-uniform", burn_in=2),
         dict(burn_in=2, rnn="lstm", initial_state="zero"), dict(rnn="rnn", loss_on="last"),
         dict(privileged_critic=False), dict(critic_sees_h=True), dict(alpha_lr=0.0),
     ],

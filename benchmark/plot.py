@@ -13,7 +13,6 @@ the end, as no statistic of three seeds says more than the three.
 
 import csv
 import dataclasses
-import itertools
 import json
 import math
 import re
@@ -24,6 +23,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.colors import to_hex
 from matplotlib.ticker import EngFormatter
 from rliable import library as rly
 
@@ -121,7 +121,7 @@ def ordered(labels, claim):
 def color_of(label):
     """Blue is S2PG, red and orange BPTT, grey what has no memory, black what is no competitor."""
     own = {
-        "S2PG-SAC, no privileged critic": "#17becf", "target entropy of z -3Z": "C0",
+        "S2PG-SAC, no privileged critic": "#17becf",
         "S2PG-PPO, memory std .2": "#17becf", "S2PG-PPO, memory std .5": "#6a3d9a",
         "BPTT-SAC, L = 5, last row": "#ff7f0e", "BPTT-SAC, L = 5, all rows": "#ff7f0e",
         "BPTT-SAC, L = 32, last row": "#8c564b", "BPTT-SAC, L = the horizon": "#8c564b",
@@ -156,8 +156,11 @@ def draw(data, claim, path):
         rows, columns, figsize=(5.2 * columns, 3.4 * rows), squeeze=False, layout="constrained"
     )
     labels = ordered({label: None for env in data.values() for label in env}, claim)
-    free = iter(f"C{i % 10}" for i in itertools.count())
-    colors = {label: color_of(label) or next(free) for label in labels}
+    colors, free = {}, [f"C{i}" for i in range(10)] + [to_hex(c) for c in plt.cm.tab20b.colors]
+    for label in labels:
+        taken = {to_hex(color) for color in colors.values()}
+        mine = [color_of(label) or free[0], *free]
+        colors[label] = next((c for c in mine if to_hex(c) not in taken), "black")
     handles, (measure, mode) = {}, claim.column.split("_")
     for column, (env_id, curves) in zip(panels if len(data) == 1 else panels.T, data.items()):
         for panel in column:

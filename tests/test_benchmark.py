@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from rliable import metrics
 from torch.utils.tensorboard import SummaryWriter
 
@@ -384,6 +385,18 @@ def test_runs_of_an_earlier_version_are_collected(script, tmp_path):
         collect.evaluations(tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "labels", [[*claim.methods, "expert"] for claim in CLAIMS.values()] + [["S2PG 1", "S2PG 2"]]
+)
+def test_no_two_curves_have_one_color(labels, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plt, "close", lambda figure: drawn.extend(figure.axes[0].lines))
+    curves = {label: curve([[1, 2, 3]], [[1, 2, 3]]) for label in labels}
+    plot.draw({"A-v0": curves}, Claim("", {}, []), tmp_path / "a.png")
+    colors = {to_hex(line.get_color()) for line in drawn}
+    assert len(drawn) == len(colors) == len(labels)
+
+
 def test_seeds_without_a_common_step_are_answered_in_a_sentence(tmp_path):
     rows = evaluated(tmp_path / "1", [100, 200])
     rows += evaluated(tmp_path / "2", [150], seed=2, eval_frequency=50)
@@ -396,11 +409,13 @@ def test_a_picture_has_a_curve_for_each_method_and_clock(tmp_path, monkeypatch):
     axes = []
     monkeypatch.setattr(plt, "close", lambda figure: axes.extend(figure.axes))
     level = curve([[0]], [[7]], steps=[0])
-    both = {"S2PG-SAC": curve([[1, 2, 3]] * 3, np.eye(3)), "expert": level}
+    minutes = [[1, 2, 3], [2, 3, 4], [4, 8, 9]]
+    both = {"S2PG-SAC": curve(minutes, np.eye(3)), "expert": level}
     claim = Claim("", {"S2PG-SAC": ""}, [], threshold={"B-v0": 1})
     plot.draw({"A-v0": both, "B-v0": both}, claim, tmp_path / "a.png")
     assert [len(panel.lines) for panel in axes] == [2, 3, 2, 3]  # A, B by steps; A, B by minutes
     assert axes[2].get_xlabel() == "minutes of training on one core"
+    assert axes[2].lines[0].get_xdata().tolist() == [2, 3, 4]  # the median of the seeds
     assert axes[0].get_position().y0 > axes[2].get_position().y1  # above each other
     axes.clear()
     plot.draw({"A-v0": both}, claim, tmp_path / "one.png")

@@ -197,6 +197,7 @@ VARIANTS = [
     (s2pg_td3, dict(policy_frequency=2)), (s2pg_td3, dict(policy_frequency=1)),
     (bptt_sac, dict(sequence_length=4, loss_on="last")),
     (bptt_sac, dict(sequence_length=4, loss_on="all", burn_in=2)),
+    (bptt_sac, dict(sequence_length=4, loss_on="all-uniform")),
     (s2pg_lsiq, {}), (s2pg_lsiq, dict(loss="iq_like")),
     (s2pg_lsiq, dict(expert_target="bootstrap", absorbing=False)),
 ]  # fmt: skip

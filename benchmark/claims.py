@@ -51,7 +51,16 @@ POINT_MASS_METHODS = {
 
 HORIZONS = {
     "CueRecall-v0": 20, "CueRecall-100-v0": 100, "CueRecall-300-v0": 300, "CueRecall-1000-v0": 1000,
+    "CueRecall-sparse-v0": 20, "CueRecall-sparse-100-v0": 100,
 }  # fmt: skip
+CUE_METHODS = {
+    "S2PG-SAC": "s2pg_sac.py",
+    "BPTT-SAC, L = 5, all rows": "bptt_sac.py --sequence-length 5 --loss-on all",
+    "BPTT-SAC, L = 32, all rows": "bptt_sac.py --sequence-length 32 --loss-on all",
+    "BPTT-SAC, L = 32, from zeros": "bptt_sac.py --loss-on all --initial-state zero",
+    "BPTT-SAC, L = the horizon": "bptt_sac.py --sequence-length HORIZON --loss-on all",
+    "memoryless SAC": "s2pg_sac.py --memoryless",
+}
 CLAIMS = {
     "smoke": Claim(
         "Does the sweep work on this machine, or on this cluster? Half a minute, and no science.",
@@ -124,14 +133,7 @@ CLAIMS = {
     ),
     "cue_recall": Claim(
         "Long memory: how far back can a cue lie?",
-        {
-            "S2PG-SAC": "s2pg_sac.py",
-            "BPTT-SAC, L = 5, all rows": "bptt_sac.py --sequence-length 5 --loss-on all",
-            "BPTT-SAC, L = 32, all rows": "bptt_sac.py --sequence-length 32 --loss-on all",
-            "BPTT-SAC, L = 32, from zeros": "bptt_sac.py --loss-on all --initial-state zero",
-            "BPTT-SAC, L = the horizon": "bptt_sac.py --sequence-length HORIZON --loss-on all",
-            "memoryless SAC": "s2pg_sac.py --memoryless",
-        },
+        CUE_METHODS,
         [
             f"{CUE} CueRecall-v0 --total-timesteps 15000 --eval-frequency 1000",
             f"{CUE} CueRecall-100-v0 --total-timesteps 20000 --eval-frequency 1000",
@@ -145,6 +147,16 @@ CLAIMS = {
             "CueRecall-300-v0": 255,
             "CueRecall-1000-v0": 850,
         },
+    ),
+    "cue_recall_sparse": Claim(
+        "And if only the last step pays for it?",
+        CUE_METHODS,
+        [
+            f"{CUE} CueRecall-sparse-v0 --total-timesteps 15000 --eval-frequency 1000",
+            f"{CUE} CueRecall-sparse-100-v0 --total-timesteps 30000 --eval-frequency 1000",
+        ],
+        seeds=3,
+        threshold={"CueRecall-sparse-v0": 17, "CueRecall-sparse-100-v0": 85},
     ),
     "state_size": Claim(
         "How large should the internal state be?",

@@ -21,9 +21,11 @@ __all__ = ["make"]
 
 for task in ("PointMassMemory", "PointMassDoor"):
     gym.register(f"{task}-v0", f"envs.memory:{task}", max_episode_steps=1000)
-gym.register("CueRecall-v0", "envs.memory:CueRecall")
-for horizon in (20, 100, 300, 1000):
-    gym.register(f"CueRecall-{horizon}-v0", "envs.memory:CueRecall", kwargs={"horizon": horizon})
+for name, sparse in (("CueRecall", False), ("CueRecall-sparse", True)):
+    gym.register(f"{name}-v0", "envs.memory:CueRecall", kwargs={"sparse": sparse})
+    for horizon in (20, 100, 300, 1000):
+        kwargs = {"horizon": horizon, "sparse": sparse}
+        gym.register(f"{name}-{horizon}-v0", "envs.memory:CueRecall", kwargs=kwargs)
 
 
 def make(

@@ -26,22 +26,25 @@ class CueRecall(gym.Env):
     """Repeat, for `horizon` steps, a cue that is shown before the first of them.
 
     - The cue is -0.8 or 0.8, drawn at reset.
-    - Action, in [-1, 1]: the guess. Reward: 1 - |action - cue|.
+    - Action, in [-1, 1]: the guess. Reward: 1 - |action - cue|; if `sparse`, `horizon` times that
+      for the last guess, and 0 for all others.
     - Policy: (cue at step 0 and 0 after it, time / horizon). Critic: (cue, time / horizon).
 
-    The optimal return is `horizon`. Without memory it is 1 + 0.2 (horizon - 1): any guess in
-    [-0.8, 0.8] earns 0.2 on average over the two cues.
+    The optimal return is `horizon`. Without memory it is 1 + 0.2 (horizon - 1), if `sparse` 0.2
+    horizon: any guess in [-0.8, 0.8] earns 0.2 on average over the two cues.
 
     Raises:
-        ValueError: `horizon` is not a whole number of at least 1.
+        ValueError: `horizon` is not a whole number of at least 1, or `sparse` not a bool.
     """
 
     metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 10}
 
-    def __init__(self, horizon: int = 20, render_mode: str | None = None):
+    def __init__(self, horizon: int = 20, sparse: bool = False, render_mode: str | None = None):
         if not isinstance(horizon, Integral) or horizon < 1:
             raise ValueError(f"horizon is a whole number of at least 1, not {horizon!r}.")
-        self.horizon = horizon
+        if not isinstance(sparse, bool):
+            raise ValueError(f"sparse is True or False, not {sparse!r}.")
+        self.horizon, self.sparse = horizon, sparse
         self.render_mode = render_mode
         self.action_space = spaces.Box(-1, 1, (1,))
         box = spaces.Box(np.float32([-0.8, 0]), np.float32([0.8, 1]))
@@ -61,6 +64,8 @@ class CueRecall(gym.Env):
         # The end is a termination: the policy sees the time, so it is a state of a task with a
         # finite horizon, whose value after the last step is zero, and not a cut in a longer one.
         terminated = self.time == self.horizon
+        if self.sparse:
+            reward *= self.horizon * terminated
         return observation([0, time], [self.cue, time]), reward, terminated, False, {}
 
     def render(self) -> np.ndarray:

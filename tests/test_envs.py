@@ -42,6 +42,8 @@ MEMORY_IDS = [
     "PointMassDoor-v0",
     "CueRecall-v0",
     *(f"CueRecall-{horizon}-v0" for horizon in (20, 100, 300, 1000)),
+    "CueRecall-sparse-v0",
+    *(f"CueRecall-sparse-{horizon}-v0" for horizon in (20, 100, 300, 1000)),
 ]
 HIDDEN = ("velocities", "positions")
 
@@ -651,8 +653,21 @@ def test_cue_recall_returns(horizon):
     assert np.mean(guesses) == pytest.approx(1 + 0.2 * (horizon - 1), abs=0.1 * horizon)
 
 
-def test_cue_is_visible_once():
-    env = envs.make("CueRecall-20-v0")
+@pytest.mark.parametrize("horizon", [1, 20])
+def test_sparse_cue_recall_pays_the_last_guess_alone(horizon):
+    env = envs.make("CueRecall-sparse-v0", horizon=horizon)
+    cue = env.reset(seed=0)[0]["critic"][0]
+    rewards = [env.step(np.float32([cue]))[1] for _ in range(horizon)]
+    assert rewards == [0] * (horizon - 1) + [pytest.approx(horizon)]
+    env.reset()
+    guesses = [cue_return(env, lambda o: 0.5 if o["policy"][1] else -1)[0] for _ in range(400)]
+    late = 0.2 * horizon if horizon > 1 else 0  # the first guess, which is the last one for 1
+    assert np.mean(guesses) == pytest.approx(late, abs=0.1 * horizon)
+
+
+@pytest.mark.parametrize("env_id", ["CueRecall-20-v0", "CueRecall-sparse-20-v0"])
+def test_cue_is_visible_once(env_id):
+    env = envs.make(env_id)
     cues = set()
     for seed in range(10):
         observation, _ = env.reset(seed=seed)
@@ -668,10 +683,13 @@ def test_cue_is_visible_once():
 
 @pytest.mark.parametrize("horizon", [20, 100, 300, 1000])
 def test_cue_recall_horizons(horizon):
-    env = envs.make(f"CueRecall-{horizon}-v0")
-    env.reset(seed=0)
-    assert cue_return(env, lambda o: o["critic"][0])[1] == horizon
-    assert envs.make("CueRecall-v0").unwrapped.horizon == 20
+    for name in ("CueRecall", "CueRecall-sparse"):
+        env = envs.make(f"{name}-{horizon}-v0")
+        env.reset(seed=0)
+        assert cue_return(env, lambda o: o["critic"][0]) == (pytest.approx(horizon), horizon)
+        assert env.unwrapped.sparse == envs.make(f"{name}-v0").unwrapped.sparse
+        assert env.unwrapped.sparse == (name == "CueRecall-sparse")
+        assert envs.make(f"{name}-v0").unwrapped.horizon == 20
 
 
 def heading(start, goal):
@@ -996,6 +1014,7 @@ def test_own_robot():
         ("Ant-v4", {"render_mode": "oil"}, "cannot be rendered as 'oil', but as .*rgb_array"),
         ("CueRecall-v0", {"horizon": 0}, "whole number of at least 1, not 0"),
         ("CueRecall-v0", {"horizon": 2.5}, "whole number of at least 1, not 2.5"),
+        ("CueRecall-v0", {"sparse": "yes"}, "sparse is True or False, not 'yes'"),
         ("Reacher-v5", {"hide": "velocities"}, "'Reacher-v5' is not.*Ant.*Walker2d.*structure"),
         ("Pendulum-v1", {"hide": "positions"}, "hide='positions' needs.*Ant, HalfCheetah"),
         ("own_tasks:Robot-v0", {"hide": "velocities"}, "'Robot-v0' is not.*observation_structure"),

@@ -51,7 +51,7 @@ POINT_MASS_METHODS = {
 
 HORIZONS = {
     "CueRecall-v0": 20, "CueRecall-100-v0": 100, "CueRecall-300-v0": 300, "CueRecall-1000-v0": 1000,
-    "CueRecall-sparse-v0": 20, "CueRecall-sparse-100-v0": 100,
+    "CueRecall-delayed-v0": 20, "CueRecall-delayed-100-v0": 100,
 }  # fmt: skip
 CUE_METHODS = {
     "S2PG-SAC": "s2pg_sac.py",
@@ -148,15 +148,15 @@ CLAIMS = {
             "CueRecall-1000-v0": 850,
         },
     ),
-    "cue_recall_sparse": Claim(
-        "And if only the last step pays for it?",
+    "delayed_response": Claim(
+        "And if the cue is asked for at the end alone, when no action may hold it?",
         CUE_METHODS,
         [
-            f"{CUE} CueRecall-sparse-v0 --total-timesteps 15000 --eval-frequency 1000",
-            f"{CUE} CueRecall-sparse-100-v0 --total-timesteps 30000 --eval-frequency 1000",
+            f"{CUE} CueRecall-delayed-v0 --total-timesteps 15000 --eval-frequency 1000",
+            f"{CUE} CueRecall-delayed-100-v0 --total-timesteps 30000 --eval-frequency 1000",
         ],
         seeds=3,
-        threshold={"CueRecall-sparse-v0": 17, "CueRecall-sparse-100-v0": 85},
+        threshold={"CueRecall-delayed-v0": 35, "CueRecall-delayed-100-v0": 175},
     ),
     "state_size": Claim(
         "How large should the internal state be?",

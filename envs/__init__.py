@@ -21,10 +21,10 @@ __all__ = ["make"]
 
 for task in ("PointMassMemory", "PointMassDoor"):
     gym.register(f"{task}-v0", f"envs.memory:{task}", max_episode_steps=1000)
-for name, sparse in (("CueRecall", False), ("CueRecall-sparse", True)):
-    gym.register(f"{name}-v0", "envs.memory:CueRecall", kwargs={"sparse": sparse})
+for name, delayed in (("CueRecall", False), ("CueRecall-delayed", True)):
+    gym.register(f"{name}-v0", "envs.memory:CueRecall", kwargs={"delayed": delayed})
     for horizon in (20, 100, 300, 1000):
-        kwargs = {"horizon": horizon, "sparse": sparse}
+        kwargs = {"horizon": horizon, "delayed": delayed}
         gym.register(f"{name}-{horizon}-v0", "envs.memory:CueRecall", kwargs=kwargs)
 
 

@@ -26,25 +26,30 @@ class CueRecall(gym.Env):
     """Repeat, for `horizon` steps, a cue that is shown before the first of them.
 
     - The cue is -0.8 or 0.8, drawn at reset.
-    - Action, in [-1, 1]: the guess. Reward: 1 - |action - cue|; if `sparse`, `horizon` times that
-      for the last guess, and 0 for all others.
+    - Action, in [-1, 1]: the guess. Reward: 1 - |action - cue|; if `delayed`, `horizon` times that
+      for the last action, and 1 - |action| for those before it.
     - Policy: (cue at step 0 and 0 after it, time / horizon). Critic: (cue, time / horizon).
 
-    The optimal return is `horizon`. Without memory it is 1 + 0.2 (horizon - 1), if `sparse` 0.2
-    horizon: any guess in [-0.8, 0.8] earns 0.2 on average over the two cues.
+    The optimal return is `horizon`. Without memory it is 1 + 0.2 (horizon - 1): any guess in
+    [-0.8, 0.8] earns 0.2 on average over the two cues. If `delayed`, both have horizon - 1 more,
+    and without memory there is no first guess that can be right, so that it is 1.2 horizon - 1.
+
+    A policy that sees its last action needs no other memory: a guess, repeated, is itself a note of
+    the cue. Not so if `delayed`, the delayed response of experiments with animals, where all
+    actions are to be 0 until the last, and a note in them costs reward.
 
     Raises:
-        ValueError: `horizon` is not a whole number of at least 1, or `sparse` not a bool.
+        ValueError: `horizon` is not a whole number of at least 1, or `delayed` not a bool.
     """
 
     metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 10}
 
-    def __init__(self, horizon: int = 20, sparse: bool = False, render_mode: str | None = None):
+    def __init__(self, horizon: int = 20, delayed: bool = False, render_mode: str | None = None):
         if not isinstance(horizon, Integral) or horizon < 1:
             raise ValueError(f"horizon is a whole number of at least 1, not {horizon!r}.")
-        if not isinstance(sparse, bool):
-            raise ValueError(f"sparse is True or False, not {sparse!r}.")
-        self.horizon, self.sparse = horizon, sparse
+        if not isinstance(delayed, bool):
+            raise ValueError(f"delayed is True or False, not {delayed!r}.")
+        self.horizon, self.delayed = horizon, delayed
         self.render_mode = render_mode
         self.action_space = spaces.Box(-1, 1, (1,))
         box = spaces.Box(np.float32([-0.8, 0]), np.float32([0.8, 1]))
@@ -64,8 +69,8 @@ class CueRecall(gym.Env):
         # The end is a termination: the policy sees the time, so it is a state of a task with a
         # finite horizon, whose value after the last step is zero, and not a cut in a longer one.
         terminated = self.time == self.horizon
-        if self.sparse:
-            reward *= self.horizon * terminated
+        if self.delayed:
+            reward = self.horizon * reward if terminated else 1 - abs(self.guess)
         return observation([0, time], [self.cue, time]), reward, terminated, False, {}
 
     def render(self) -> np.ndarray:

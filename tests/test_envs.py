@@ -42,8 +42,8 @@ MEMORY_IDS = [
     "PointMassDoor-v0",
     "CueRecall-v0",
     *(f"CueRecall-{horizon}-v0" for horizon in (20, 100, 300, 1000)),
-    "CueRecall-sparse-v0",
-    *(f"CueRecall-sparse-{horizon}-v0" for horizon in (20, 100, 300, 1000)),
+    "CueRecall-delayed-v0",
+    *(f"CueRecall-delayed-{horizon}-v0" for horizon in (20, 100, 300, 1000)),
 ]
 HIDDEN = ("velocities", "positions")
 
@@ -653,19 +653,24 @@ def test_cue_recall_returns(horizon):
     assert np.mean(guesses) == pytest.approx(1 + 0.2 * (horizon - 1), abs=0.1 * horizon)
 
 
-@pytest.mark.parametrize("horizon", [1, 20])
-def test_sparse_cue_recall_pays_the_last_guess_alone(horizon):
-    env = envs.make("CueRecall-sparse-v0", horizon=horizon)
+@pytest.mark.parametrize("horizon", [2, 20])
+def test_delayed_cue_recall_asks_for_the_cue_at_the_end(horizon):
+    env = envs.make("CueRecall-delayed-v0", horizon=horizon)
     cue = env.reset(seed=0)[0]["critic"][0]
-    rewards = [env.step(np.float32([cue]))[1] for _ in range(horizon)]
-    assert rewards == [0] * (horizon - 1) + [pytest.approx(horizon)]
-    env.reset()
-    guesses = [cue_return(env, lambda o: 0.5 if o["policy"][1] else -1)[0] for _ in range(400)]
-    late = 0.2 * horizon if horizon > 1 else 0  # the first guess, which is the last one for 1
-    assert np.mean(guesses) == pytest.approx(late, abs=0.1 * horizon)
+    rewards = [env.step(np.float32([0.1]))[1] for _ in range(horizon - 1)]
+    rewards += [env.step(np.float32([cue]))[1]]
+    assert rewards == [pytest.approx(0.9)] * (horizon - 1) + [pytest.approx(horizon)]
+
+    def still_until_the_end(answer):
+        return lambda o: answer(o) if o["policy"][1] > 1 - 1.5 / horizon else 0
+
+    best = cue_return(env, still_until_the_end(lambda o: o["critic"][0]))[0]
+    assert best == pytest.approx(2 * horizon - 1)
+    guesses = [cue_return(env, still_until_the_end(lambda o: 0.5))[0] for _ in range(400)]
+    assert np.mean(guesses) == pytest.approx(1.2 * horizon - 1, abs=0.1 * horizon)
 
 
-@pytest.mark.parametrize("env_id", ["CueRecall-20-v0", "CueRecall-sparse-20-v0"])
+@pytest.mark.parametrize("env_id", ["CueRecall-20-v0", "CueRecall-delayed-20-v0"])
 def test_cue_is_visible_once(env_id):
     env = envs.make(env_id)
     cues = set()
@@ -683,12 +688,12 @@ def test_cue_is_visible_once(env_id):
 
 @pytest.mark.parametrize("horizon", [20, 100, 300, 1000])
 def test_cue_recall_horizons(horizon):
-    for name in ("CueRecall", "CueRecall-sparse"):
+    for name in ("CueRecall", "CueRecall-delayed"):
         env = envs.make(f"{name}-{horizon}-v0")
         env.reset(seed=0)
-        assert cue_return(env, lambda o: o["critic"][0]) == (pytest.approx(horizon), horizon)
-        assert env.unwrapped.sparse == envs.make(f"{name}-v0").unwrapped.sparse
-        assert env.unwrapped.sparse == (name == "CueRecall-sparse")
+        assert cue_return(env, lambda o: o["critic"][0])[1] == horizon
+        assert env.unwrapped.delayed == envs.make(f"{name}-v0").unwrapped.delayed
+        assert env.unwrapped.delayed == (name == "CueRecall-delayed")
         assert envs.make(f"{name}-v0").unwrapped.horizon == 20
 
 
@@ -1014,7 +1019,7 @@ def test_own_robot():
         ("Ant-v4", {"render_mode": "oil"}, "cannot be rendered as 'oil', but as .*rgb_array"),
         ("CueRecall-v0", {"horizon": 0}, "whole number of at least 1, not 0"),
         ("CueRecall-v0", {"horizon": 2.5}, "whole number of at least 1, not 2.5"),
-        ("CueRecall-v0", {"sparse": "yes"}, "sparse is True or False, not 'yes'"),
+        ("CueRecall-v0", {"delayed": "yes"}, "delayed is True or False, not 'yes'"),
         ("Reacher-v5", {"hide": "velocities"}, "'Reacher-v5' is not.*Ant.*Walker2d.*structure"),
         ("Pendulum-v1", {"hide": "positions"}, "hide='positions' needs.*Ant, HalfCheetah"),
         ("own_tasks:Robot-v0", {"hide": "velocities"}, "'Robot-v0' is not.*observation_structure"),

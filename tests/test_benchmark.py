@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,14 +13,18 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_hex
 from rliable import metrics
 from torch.utils.tensorboard import SummaryWriter
 
+import bptt_ppo
 import bptt_sac
+import s2pg_gail
 import s2pg_ppo
 import s2pg_sac
-from benchmark import collect, plot, sweep
+import s2pg_td3
+from benchmark import ablate, collect, plot, sweep
 from benchmark.claims import CLAIMS, Claim
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,6 +145,72 @@ def test_a_sweep_killed_at_any_time_finishes_what_is_left(tmp_path):
     assert status == 0 and "left out" in out and "own.csv: 4 evaluations" in out
 
 
+def tiny_run(script, horizon, path, monkeypatch, **options):
+    """Options and folder of a run of a few steps, whose policy has learned next to nothing."""
+    path.mkdir(exist_ok=True)
+    monkeypatch.chdir(path)
+    options |= dict(num_steps=20) if "ppo" in script.__name__ else dict(learning_starts=20)
+    args = script.Args(
+        env_id="CueRecall-v0", env_kwargs=dict(horizon=horizon), total_timesteps=40,
+        eval_episodes=2, **options,
+    )  # fmt: skip
+    script.train(args)
+    (folder,) = (path / "runs").iterdir()
+    return args, folder
+
+
+@pytest.mark.parametrize("place", ["z", "a_prev", "nowhere"])
+@pytest.mark.parametrize("script", [s2pg_sac, bptt_sac, s2pg_td3, s2pg_ppo, bptt_ppo])
+def test_ablation_finds_where_a_policy_keeps_the_cue(script, place, tmp_path, monkeypatch):
+    """With policies written by hand, which note the cue in one place and read it from there."""
+    horizon = 10
+    args, folder = tiny_run(script, horizon, tmp_path, monkeypatch)
+
+    def act(self, obs, z, a_prev, deterministic):
+        assert deterministic
+        kept = {"z": z[:, :1], "a_prev": a_prev, "nowhere": 0 * a_prev}[place]
+        cue = torch.where(obs[:, 1:] == 0, obs[:, :1], kept)
+        return cue, cue.expand_as(z)
+
+    agent = script.Agent(args, 2, 2, 1, False, torch.device("cpu"))
+    monkeypatch.setattr(type(agent.actor), "act", act)
+    _, returns = ablate.ablate(folder, 20)
+    forgets = 1 + 0.2 * (horizon - 1)
+    expected = dict.fromkeys(ablate.CHANGES, horizon)
+    if place == "z":
+        expected["z = 0"] = forgets
+    if place == "a_prev":
+        # reads the contrary of its last action, so that every second one is right
+        expected |= {"a_prev = 0": forgets, "-a_prev": horizon / 2 * (1 - 0.6)}
+    if place == "nowhere":
+        expected = dict.fromkeys(ablate.CHANGES, forgets)
+    assert returns == pytest.approx(expected, abs=1e-5)
+
+
+def test_ablation_leaves_policies_without_memory_out(tmp_path, monkeypatch, capsys):
+    _, folder = tiny_run(s2pg_sac, 5, tmp_path, monkeypatch)
+    _, other = tiny_run(s2pg_sac, 5, tmp_path / "other", monkeypatch, memoryless=True)
+    ablate.write([("kept", folder), ("none", other), ("", folder)], tmp_path / "my.csv", 3)
+    with open(tmp_path / "my.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["label"] for row in rows] == ["kept", "s2pg_sac"]
+    assert list(rows[0]) == ["env_id", "label", "seed", "episodes", *ablate.CHANGES]
+    assert re.findall("CueRecall-v0, (.*)", capsys.readouterr().out) == ["kept", "s2pg_sac"]
+    # as it is, a policy gets what its own script says of it
+    script_says = s2pg_sac.Args(**json.loads((folder / "args.json").read_text()))
+    script_says.evaluate, script_says.eval_episodes = str(folder), 3
+    s2pg_sac.replay(script_says)
+    mean = float(re.search("deterministic: return (.*?) ", capsys.readouterr().out)[1])
+    assert float(rows[0]["as it is"]) == pytest.approx(mean, abs=0.06)
+
+
+def test_ablation_of_an_imitation_is_refused(tmp_path):
+    (tmp_path / "args.json").write_text(json.dumps(vars(s2pg_gail.Args())))
+    status, _, err = run("ablate", "--runs", tmp_path, cwd=tmp_path)
+    assert status == 1 and err.startswith("ablate.py: ") and "is a run of imitation" in err
+    assert len(err.splitlines()) == 1 and not (tmp_path / "ablation.csv").exists()
+
+
 def at(link):
     """Where a link of /proc points to, or nowhere if its process has gone."""
     try:
@@ -228,6 +299,11 @@ def test_a_run_that_fails_fails_the_sweep(tmp_path):
         ("collect", [], "name claims"),
         ("collect", ["smoke"], "no run of smoke is finished"),
         ("collect", ["--runs", "here"], "none of these is a run"),
+        ("ablate", ["smok"], "no claim smok"),
+        ("ablate", [], "name claims"),
+        ("ablate", ["smoke"], "no run of smoke is finished"),
+        ("ablate", ["--runs", "here"], "here is no run"),
+        ("ablate", ["smoke", "--episodes", "0"], "it must be at least 1"),
         ("sweep", ["smoke", "--processes", "0"], "it must be at least 1"),
         ("update_time", ["--cudagraphs"], "are for --device cuda"),
         ("sweep", ["smoke", "--seeds", "-1"], "--seed is -1; it must be in"),

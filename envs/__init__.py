@@ -23,7 +23,7 @@ for task in ("PointMassMemory", "PointMassDoor"):
     gym.register(f"{task}-v0", f"envs.memory:{task}", max_episode_steps=1000)
 for name, delayed in (("CueRecall", False), ("CueRecall-delayed", True)):
     gym.register(f"{name}-v0", "envs.memory:CueRecall", kwargs={"delayed": delayed})
-    for horizon in (20, 100, 300, 1000):
+    for horizon in (5, 10, 20, 100, 300, 1000):
         kwargs = {"horizon": horizon, "delayed": delayed}
         gym.register(f"{name}-{horizon}-v0", "envs.memory:CueRecall", kwargs=kwargs)
 

@@ -41,9 +41,9 @@ MEMORY_IDS = [
     "PointMassMemory-v0",
     "PointMassDoor-v0",
     "CueRecall-v0",
-    *(f"CueRecall-{horizon}-v0" for horizon in (20, 100, 300, 1000)),
+    *(f"CueRecall-{horizon}-v0" for horizon in (5, 10, 20, 100, 300, 1000)),
     "CueRecall-delayed-v0",
-    *(f"CueRecall-delayed-{horizon}-v0" for horizon in (20, 100, 300, 1000)),
+    *(f"CueRecall-delayed-{horizon}-v0" for horizon in (5, 10, 20, 100, 300, 1000)),
 ]
 HIDDEN = ("velocities", "positions")
 
@@ -686,7 +686,7 @@ def test_cue_is_visible_once(env_id):
     assert cues == {-0.8, 0.8}
 
 
-@pytest.mark.parametrize("horizon", [20, 100, 300, 1000])
+@pytest.mark.parametrize("horizon", [5, 10, 20, 100, 300, 1000])
 def test_cue_recall_horizons(horizon):
     for name in ("CueRecall", "CueRecall-delayed"):
         env = envs.make(f"{name}-{horizon}-v0")

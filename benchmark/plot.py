@@ -135,6 +135,16 @@ def color_of(label):
     return own.get(label, family)
 
 
+def colors_of(labels):
+    """{label: color}, no two alike."""
+    colors, free = {}, [f"C{i}" for i in range(10)] + [to_hex(c) for c in plt.cm.tab20b.colors]
+    for label in labels:
+        taken = {to_hex(color) for color in colors.values()}
+        mine = [color_of(label) or free[0], *free]
+        colors[label] = next((c for c in mine if to_hex(c) not in taken), "black")
+    return colors
+
+
 def title_of(env_id, claim):
     """The environment, and what the claim asks of it."""
     (task,) = [task for task in claim.tasks if f"--env-id {env_id} " in f"{task} "] or [""]
@@ -156,11 +166,7 @@ def draw(data, claim, path):
         rows, columns, figsize=(5.2 * columns, 3.4 * rows), squeeze=False, layout="constrained"
     )
     labels = ordered({label: None for env in data.values() for label in env}, claim)
-    colors, free = {}, [f"C{i}" for i in range(10)] + [to_hex(c) for c in plt.cm.tab20b.colors]
-    for label in labels:
-        taken = {to_hex(color) for color in colors.values()}
-        mine = [color_of(label) or free[0], *free]
-        colors[label] = next((c for c in mine if to_hex(c) not in taken), "black")
+    colors = colors_of(labels)
     handles, (measure, mode) = {}, claim.column.split("_")
     for column, (env_id, curves) in zip(panels if len(data) == 1 else panels.T, data.items()):
         for panel in column:
@@ -193,6 +199,63 @@ def draw(data, claim, path):
     )  # fmt: skip
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def rows_of(path, claim):
+    """{env_id: {label: {seed: rows}}} of a CSV of memory.py, in the order of the claim."""
+    result = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            seeds = result.setdefault(row["env_id"], {}).setdefault(row["label"], {})
+            seeds.setdefault(int(row["seed"]), []).append(row)
+    tasks = " ".join(claim.tasks) + " "
+    return {
+        env_id: {label: result[env_id][label] for label in ordered(result[env_id], claim)}
+        for env_id in sorted(result, key=lambda env_id: tasks.find(f"--env-id {env_id} "))
+    }
+
+
+def draw_probe(data, claim, path):
+    """A panel for each environment: in how many episodes the cue can be read from the memory."""
+    figure, panels = plt.subplots(
+        1, len(data), figsize=(1 + 3.2 * len(data), 3.4), squeeze=False, layout="constrained",
+        sharey=True,
+    )  # fmt: skip
+    labels = ordered({label: None for env in data.values() for label in env}, claim)
+    colors, handles = colors_of(labels), {}
+    for panel, (env_id, runs) in zip(panels[0], data.items()):
+        for label, seeds in runs.items():
+            shares = np.array([[float(row["correct"]) for row in rows] for rows in seeds.values()])
+            x, style = np.arange(shares.shape[1]), dict(color=colors[label])
+            (handles[label],) = panel.plot(x, 100 * shares.mean(0), lw=2, **style)
+            panel.fill_between(x, *(100 * end(0) for end in (shares.min, shares.max)),
+                               alpha=0.15, lw=0, **style)  # fmt: skip
+        panel.axhline(50, color="black", lw=0.8, ls=":")
+        panel.set(xlabel="steps since the cue", xlim=(0, None), title=env_id)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+    panels[0, 0].set_ylabel("cues read from the memory, %")
+    figure.legend(
+        [handles[label] for label in labels], labels, loc="outside lower center", frameon=False,
+        ncols=math.ceil(len(labels) / math.ceil(len(labels) / (1 + len(data)))),
+    )  # fmt: skip
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def ablation_table(data):
+    """Markdown: a row for each environment and method, the mean return of each seed."""
+    runs = next(iter(data.values()))
+    ((row, *_), *_) = next(iter(runs.values())).values()
+    changes = [name for name in row if name not in ("env_id", "label", "seed", "episodes")]
+    lines = [["", *changes], ["---"] * (1 + len(changes))]
+    for env_id, runs in data.items():
+        lines.append([f"**{env_id}**"] + [""] * len(changes))
+        for label, seeds in runs.items():
+            cells = [[rounded(float(rows[0][name])) for rows in seeds.values()] for name in changes]
+            lines.append([label, *(", ".join(cell) for cell in cells)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def rounded(value):
@@ -331,6 +394,12 @@ def main(args: Args):
         if not args.check:
             draw(data, claim, path.with_suffix(".png"))
             print(path.with_suffix(".png"))
+        probed, ablated = (path.with_stem(f"{name}_{kind}") for kind in ("probe", "ablated"))
+        if ablated.exists():
+            tables[f"{name}_ablated"] = ablation_table(rows_of(ablated, claim))
+        if probed.exists() and not args.check:
+            draw_probe(rows_of(probed, claim), claim, probed.with_suffix(".png"))
+            print(probed.with_suffix(".png"))
     if not args.claims:
         sac, ppo = (
             [results / f"update_time{algorithm}_{task}.txt" for task in ("hopper", "humanoid")]

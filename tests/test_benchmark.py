@@ -24,7 +24,7 @@ import s2pg_gail
 import s2pg_ppo
 import s2pg_sac
 import s2pg_td3
-from benchmark import ablate, collect, plot, sweep
+from benchmark import collect, memory, plot, sweep
 from benchmark.claims import CLAIMS, Claim
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,49 +166,53 @@ def test_ablation_finds_where_a_policy_keeps_the_cue(script, place, tmp_path, mo
     horizon = 10
     args, folder = tiny_run(script, horizon, tmp_path, monkeypatch)
 
-    def act(self, obs, z, a_prev, deterministic):
-        assert deterministic
+    def act(self, obs, z, a_prev, deterministic=False):
         kept = {"z": z[:, :1], "a_prev": a_prev, "nowhere": 0 * a_prev}[place]
         cue = torch.where(obs[:, 1:] == 0, obs[:, :1], kept)
         return cue, cue.expand_as(z)
 
     agent = script.Agent(args, 2, 2, 1, False, torch.device("cpu"))
     monkeypatch.setattr(type(agent.actor), "act", act)
-    _, returns = ablate.ablate(folder, 20)
+    run = memory.load(folder)
+    returns = memory.ablate(*run, 20)
     forgets = 1 + 0.2 * (horizon - 1)
-    expected = dict.fromkeys(ablate.CHANGES, horizon)
+    expected = dict.fromkeys(memory.CHANGES, horizon)
     if place == "z":
         expected["z = 0"] = forgets
     if place == "a_prev":
         # reads the contrary of its last action, so that every second one is right
         expected |= {"a_prev = 0": forgets, "-a_prev": horizon / 2 * (1 - 0.6)}
     if place == "nowhere":
-        expected = dict.fromkeys(ablate.CHANGES, forgets)
+        expected = dict.fromkeys(memory.CHANGES, forgets)
     assert returns == pytest.approx(expected, abs=1e-5)
+    shares = memory.probe(*run, 400)
+    # what is written in z is the cue, or without it a_prev, whose place the probe does not change
+    assert shares == [1] * horizon if place != "nowhere" else shares[0] == 1
+    if place == "nowhere":
+        assert shares[1:] == pytest.approx([0.5] * (horizon - 1), abs=0.1)
 
 
-def test_ablation_leaves_policies_without_memory_out(tmp_path, monkeypatch, capsys):
+def test_policies_without_memory_and_other_folders_are_left_out(tmp_path, monkeypatch, capsys):
     _, folder = tiny_run(s2pg_sac, 5, tmp_path, monkeypatch)
     _, other = tiny_run(s2pg_sac, 5, tmp_path / "other", monkeypatch, memoryless=True)
-    ablate.write([("kept", folder), ("none", other), ("", folder)], tmp_path / "my.csv", 3)
-    with open(tmp_path / "my.csv", newline="") as file:
+    (tmp_path / "args.json").write_text(json.dumps(vars(s2pg_gail.Args())))
+    runs = [("kept", folder), ("none", other), ("", folder), ("", tmp_path), ("", "here")]
+    memory.study(runs, tmp_path / "my.csv", memory.Args(episodes=3, probe_episodes=200))
+    out = capsys.readouterr().out
+    assert f"{tmp_path} is a run of imitation" in out and "here is no run" in out
+    with open(tmp_path / "my_ablated.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["label"] for row in rows] == ["kept", "s2pg_sac"]
-    assert list(rows[0]) == ["env_id", "label", "seed", "episodes", *ablate.CHANGES]
-    assert re.findall("CueRecall-v0, (.*)", capsys.readouterr().out) == ["kept", "s2pg_sac"]
+    assert list(rows[0]) == ["env_id", "label", "seed", "episodes", *memory.CHANGES]
+    with open(tmp_path / "my_probe.csv", newline="") as file:
+        probed = list(csv.DictReader(file))
+    assert [row["step"] for row in probed] == list("01234") * 2
     # as it is, a policy gets what its own script says of it
-    script_says = s2pg_sac.Args(**json.loads((folder / "args.json").read_text()))
-    script_says.evaluate, script_says.eval_episodes = str(folder), 3
-    s2pg_sac.replay(script_says)
+    args = s2pg_sac.Args(**json.loads((folder / "args.json").read_text()))
+    args.evaluate, args.eval_episodes = str(folder), 3
+    s2pg_sac.replay(args)
     mean = float(re.search("deterministic: return (.*?) ", capsys.readouterr().out)[1])
     assert float(rows[0]["as it is"]) == pytest.approx(mean, abs=0.06)
-
-
-def test_ablation_of_an_imitation_is_refused(tmp_path):
-    (tmp_path / "args.json").write_text(json.dumps(vars(s2pg_gail.Args())))
-    status, _, err = run("ablate", "--runs", tmp_path, cwd=tmp_path)
-    assert status == 1 and err.startswith("ablate.py: ") and "is a run of imitation" in err
-    assert len(err.splitlines()) == 1 and not (tmp_path / "ablation.csv").exists()
 
 
 def at(link):
@@ -299,11 +303,13 @@ def test_a_run_that_fails_fails_the_sweep(tmp_path):
         ("collect", [], "name claims"),
         ("collect", ["smoke"], "no run of smoke is finished"),
         ("collect", ["--runs", "here"], "none of these is a run"),
-        ("ablate", ["smok"], "no claim smok"),
-        ("ablate", [], "name claims"),
-        ("ablate", ["smoke"], "no run of smoke is finished"),
-        ("ablate", ["--runs", "here"], "here is no run"),
-        ("ablate", ["smoke", "--episodes", "0"], "it must be at least 1"),
+        ("memory", ["smok"], "no claim smok"),
+        ("memory", [], "name claims"),
+        ("memory", ["smoke"], "no run of smoke is finished"),
+        ("memory", ["smoke", "--tasks", "Ant-v4"], "no task 'Ant-v4'"),
+        ("memory", ["--runs", "here"], "none of these is a run of a policy with a memory"),
+        ("memory", ["smoke", "--episodes", "0"], "--episodes is 0; it must be at least 1"),
+        ("memory", ["smoke", "--probe-episodes", "9"], "it must be at least 200"),
         ("sweep", ["smoke", "--processes", "0"], "it must be at least 1"),
         ("update_time", ["--cudagraphs"], "are for --device cuda"),
         ("sweep", ["smoke", "--seeds", "-1"], "--seed is -1; it must be in"),
@@ -327,6 +333,49 @@ def test_without_slurm_nothing_is_submitted_to_it(monkeypatch):
 def test_the_tables_of_the_readme_are_those_of_the_csvs():
     status, _, err = run("plot", "--check", cwd=ROOT)
     assert status == 0, err
+
+
+def test_what_memory_py_writes_becomes_a_table_and_a_picture(tmp_path):
+    claim = CLAIMS["delayed_response"]
+    labels = "BPTT-SAC, L = the horizon", "S2PG-SAC"
+    env_ids = "CueRecall-delayed-v0", "CueRecall-delayed-5-v0"
+    runs = [[env_id, label, seed] for env_id in env_ids for label in labels for seed in (1, 2, 10)]
+    returns = [[*run, 40, 10.04, 200.6, -1, run[2]] for run in runs]
+    header = ["env_id", "label", "seed"]
+    memory.write(tmp_path / "a.csv", [*header, "episodes", *memory.CHANGES], returns)
+    assert plot.ablation_table(plot.rows_of(tmp_path / "a.csv", claim)).splitlines() == [
+        "|  | as it is | a_prev = 0 | -a_prev | z = 0 |", "| --- | --- | --- | --- | --- |",
+        *(
+            line
+            for env_id in env_ids[::-1]  # as in the claim
+            for line in (
+                f"| **{env_id}** |  |  |  |  |",
+                *(
+                    f"| {label} | 10.0, 10.0, 10.0 | 201, 201, 201 | -1.0, -1.0, -1.0 "
+                    "| 1.0, 2.0, 10.0 |"
+                    for label in labels[::-1]
+                ),
+            )
+        ),
+    ]  # fmt: skip
+    shares = [[*run, step, 1 / (1 + step * run[2])] for run in runs for step in range(3)]
+    memory.write(tmp_path / "p.csv", [*header, "step", "correct"], shares)
+    data = plot.rows_of(tmp_path / "p.csv", claim)
+    assert list(data) == list(env_ids[::-1]) and list(data[env_ids[0]]) == list(labels[::-1])
+
+    drawn = {}
+
+    def keep(figure, path, **_):
+        for panel in figure.axes:
+            drawn[panel.get_title()] = [line.get_ydata() for line in panel.get_lines()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plt.Figure, "savefig", keep)
+        plot.draw_probe(data, claim, tmp_path / "p.png")
+    assert list(drawn) == list(data)
+    for lines in drawn.values():
+        mean = [100, 100 * (1 / 2 + 1 / 3 + 1 / 11) / 3, 100 * (1 / 3 + 1 / 5 + 1 / 21) / 3]
+        np.testing.assert_allclose(lines[:2], [mean, mean])
 
 
 def test_tables_go_between_their_marks_and_nowhere_else(tmp_path):

@@ -1,0 +1,182 @@
+"""What is in a policy's memory, and does it need it? Of runs that are trained.
+
+    python benchmark/memory.py cue_recall --tasks CueRecall-100-v0    # what sweep.py ran of it
+    python benchmark/memory.py --runs runs/* --csv my.csv             # any runs of S2PG or BPTT
+
+Ablation (CLAIM_ablated.csv). A policy with a memory also reads its last action, and the action may
+hold what it saw: a note to itself. So it is played without noise, as it is and with a part of its
+input replaced in every step: a_prev by zeros, a_prev by -a_prev, z by zeros. Where the mean return
+stays, it does not need that part; where it stays without z, the memory is in the action.
+
+Probe (CLAIM_probe.csv), where the task is CueRecall. How long does the memory tell the two cues
+apart? The policy is played with its noise, and a linear classifier (Fisher's discriminant), fitted
+to half of the episodes, reads the cue from z after each step of the other half: the share that it
+reads correctly, .5 if there is nothing to be read.
+"""
+
+import csv
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmark import collect, sweep
+from benchmark.claims import CLAIMS
+
+CHANGES = {
+    "as it is": lambda z, a_prev: (z, a_prev),
+    "a_prev = 0": lambda z, a_prev: (z, 0 * a_prev),
+    "-a_prev": lambda z, a_prev: (z, -a_prev),
+    "z = 0": lambda z, a_prev: (0 * z, a_prev),
+}
+
+
+@dataclasses.dataclass
+class Args:
+    claims: tyro.conf.Positional[tuple[str, ...]] = ()
+    """names of claims.py"""
+    tasks: tuple[str, ...] = ()
+    """ids of the environments, by default all of the claim"""
+    out: str = "runs/sweep"
+    """the folder that sweep.py ran them in"""
+    episodes: int = 40
+    """for each change of the ablation, the same for all"""
+    probe_episodes: int = 2000
+    """for the probe, half of them to fit it"""
+    results: str = "benchmark/results"
+    """folder of the CSVs"""
+    runs: tuple[str, ...] = ()
+    """folders of runs that are not of a claim"""
+    csv: str = "my.csv"
+    """for those; "_ablated" and "_probe" are added to the name"""
+
+
+def load(folder):
+    """Script, options and actor of a run. ValueError where it is none of these, or an imitation."""
+    path = Path(folder, "args.json")
+    if not path.exists():
+        raise ValueError(f"{folder} is no run: it holds no args.json")
+    options = json.loads(path.read_text())
+    script = sweep.script_of(collect.script_of(options, folder))
+    if hasattr(script.Args, "demonstrations"):
+        raise ValueError(f"{folder} is a run of imitation")
+    args = script.Args(**options)
+    env = script.make_env(args, 1)
+    agent = script.Agent(args, *script.dimensions(env), torch.device("cpu"))
+    env.close()
+    script.load_checkpoint(folder, agent)
+    return script, args, agent.actor
+
+
+def ablate(script, args, actor, episodes):
+    """{change: mean noise-free return}."""
+    env, act, returns = script.make_env(args, min(episodes, 8)), actor.act, {}
+    for name, change in CHANGES.items():
+        actor.act = lambda obs, z, a_prev, deterministic, change=change: act(
+            obs, *change(z, a_prev), deterministic
+        )
+        seed = script.env_seed(args, 0, evaluation=True)
+        played = script.evaluate(actor, env, episodes, True, seed)
+        returns[name] = np.mean([episode["rewards"].sum() for episode in played])
+    actor.act = act
+    env.close()
+    return returns
+
+
+@torch.no_grad()
+def probe(script, args, actor, episodes):
+    """Shares [T] of episodes of CueRecall whose cue can be read from z' after t = 0, 1, ... ."""
+    env = script.make_env(args, episodes)
+    seed = script.env_seed(args, 0, evaluation=True)
+    torch.manual_seed(seed)
+    obs, _ = env.reset(seed=seed)
+    positive = torch.as_tensor(obs["policy"][:, 0] > 0)
+    fit = torch.arange(episodes) % 2 == 0
+    z = torch.zeros(episodes, actor.z_dim)
+    a_prev = torch.zeros(episodes, actor.action_dim)
+    shares = []
+    for _ in range(env.get_attr("unwrapped")[0].horizon):
+        a_prev, z = actor.act(torch.as_tensor(obs["policy"]), z, a_prev)
+        obs, *_ = env.step(a_prev.numpy())
+        high, low = z[fit & positive].double(), z[fit & ~positive].double()
+        spread = (torch.cov(high.T) + torch.cov(low.T)).view(actor.z_dim, -1) / 2
+        direction = torch.linalg.solve(
+            spread + 1e-6 * torch.eye(actor.z_dim), high.mean(0) - low.mean(0)
+        )
+        middle = (high.mean(0) + low.mean(0)) / 2
+        read = (z[~fit].double() - middle) @ direction > 0
+        shares.append((read == positive[~fit]).double().mean().item())
+    env.close()
+    return shares
+
+
+def write(path, header, rows):
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(sorted(rows))
+    temporary.replace(path)
+    print(f"{path}: {len(rows)} rows")
+
+
+def study(runs, path, args):
+    """Write the CSVs of (label, folder) pairs; policies without a memory are left out.
+
+    ValueError if there is no other.
+    """
+    ablated, probed = [], []
+    for label, folder in runs:
+        try:
+            script, options, actor = load(folder)
+        except ValueError as error:
+            print(f"left out: {error}")
+            continue
+        if actor.z_dim == 0:
+            continue
+        run = [options.env_id, label or options.exp_name, options.seed]
+        returns = ablate(script, options, actor, args.episodes)
+        ablated.append([*run, args.episodes, *(f"{value:.2f}" for value in returns.values())])
+        print(*run, *(f"{name}: {value:.2f}" for name, value in returns.items()), sep=", ")
+        if options.env_id.startswith("CueRecall"):
+            shares = probe(script, options, actor, args.probe_episodes)
+            probed += [[*run, step, f"{share:.3f}"] for step, share in enumerate(shares)]
+    if not ablated:
+        raise ValueError("none of these is a run of a policy with a memory")
+    run = ["env_id", "label", "seed"]
+    write(path.with_stem(path.stem + "_ablated"), [*run, "episodes", *CHANGES], ablated)
+    if probed:
+        write(path.with_stem(path.stem + "_probe"), [*run, "step", "correct"], probed)
+
+
+def main(args: Args):
+    unknown = set(args.claims) - set(CLAIMS)
+    if unknown:
+        sys.exit(f"memory.py: no claim {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
+    if not args.claims and not args.runs:
+        sys.exit("memory.py: name claims, or --runs and their --csv")
+    for name, low in (("episodes", 1), ("probe_episodes", 200)):
+        if vars(args)[name] < low:
+            option = name.replace("_", "-")
+            sys.exit(f"memory.py: --{option} is {vars(args)[name]}; it must be at least {low}")
+    torch.set_num_threads(1)
+    try:
+        for name in args.claims:
+            runs = sweep.runs_of(CLAIMS[name], args.out, tasks=args.tasks)
+            done = [(run.label, sweep.run_dir(run)) for run in runs if sweep.is_done(run)]
+            if not done:
+                raise ValueError(f"no run of {name} is finished in {args.out}")
+            study(done, Path(args.results, f"{name}.csv"), args)
+        if args.runs:
+            study([("", folder) for folder in args.runs], Path(args.csv), args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"memory.py: {error}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

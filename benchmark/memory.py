@@ -11,7 +11,7 @@ stays, it does not need that part; where it stays without z, the memory is in th
 Probe (CLAIM_probe.csv), where the task is CueRecall. How long does the memory tell the two cues
 apart? The policy is played with its noise, and a linear classifier (Fisher's discriminant), fitted
 to half of the episodes, reads the cue from z after each step of the other half: the share that it
-reads correctly, .5 if there is nothing to be read.
+reads correctly, .5 if there is nothing to be read. The same of the policy before its training.
 """
 
 import csv
@@ -57,7 +57,10 @@ class Args:
 
 
 def load(folder):
-    """Script, options and actor of a run. ValueError where it is none of these, or an imitation."""
+    """Script, options, actor of a run, and the actor that it began with.
+
+    ValueError where it is no run of these scripts, or one of imitation.
+    """
     path = Path(folder, "args.json")
     if not path.exists():
         raise ValueError(f"{folder} is no run: it holds no args.json")
@@ -65,12 +68,14 @@ def load(folder):
     script = sweep.script_of(collect.script_of(options, folder))
     if hasattr(script.Args, "demonstrations"):
         raise ValueError(f"{folder} is a run of imitation")
-    args = script.Args(**options)
+    args, agents = script.Args(**options), []
     env = script.make_env(args, 1)
-    agent = script.Agent(args, *script.dimensions(env), torch.device("cpu"))
+    for _ in range(2):
+        torch.manual_seed(args.seed)  # as at the start of the run
+        agents.append(script.Agent(args, *script.dimensions(env), torch.device("cpu")))
     env.close()
-    script.load_checkpoint(folder, agent)
-    return script, args, agent.actor
+    script.load_checkpoint(folder, agents[0])
+    return script, args, agents[0].actor, agents[1].actor
 
 
 def ablate(script, args, actor, episodes):
@@ -133,7 +138,7 @@ def study(runs, path, args):
     ablated, probed = [], []
     for label, folder in runs:
         try:
-            script, options, actor = load(folder)
+            script, options, actor, fresh = load(folder)
         except ValueError as error:
             print(f"left out: {error}")
             continue
@@ -144,14 +149,15 @@ def study(runs, path, args):
         ablated.append([*run, args.episodes, *(f"{value:.2f}" for value in returns.values())])
         print(*run, *(f"{name}: {value:.2f}" for name, value in returns.items()), sep=", ")
         if options.env_id.startswith("CueRecall"):
-            shares = probe(script, options, actor, args.probe_episodes)
-            probed += [[*run, step, f"{share:.3f}"] for step, share in enumerate(shares)]
+            for trained, own in enumerate((fresh, actor)):
+                shares = probe(script, options, own, args.probe_episodes)
+                probed += [[*run, trained, t, f"{share:.3f}"] for t, share in enumerate(shares)]
     if not ablated:
         raise ValueError("none of these is a run of a policy with a memory")
     run = ["env_id", "label", "seed"]
     write(path.with_stem(path.stem + "_ablated"), [*run, "episodes", *CHANGES], ablated)
     if probed:
-        write(path.with_stem(path.stem + "_probe"), [*run, "step", "correct"], probed)
+        write(path.with_stem(path.stem + "_probe"), [*run, "trained", "step", "correct"], probed)
 
 
 def main(args: Args):

@@ -216,7 +216,10 @@ def rows_of(path, claim):
 
 
 def draw_probe(data, claim, path):
-    """A panel for each environment: in how many episodes the cue can be read from the memory."""
+    """A panel for each environment: in how many episodes the cue can be read from the memory.
+
+    Dashed: before training. Methods that begin with the same networks share the line.
+    """
     figure, panels = plt.subplots(
         1, len(data), figsize=(1 + 3.2 * len(data), 3.4), squeeze=False, layout="constrained",
         sharey=True,
@@ -225,11 +228,17 @@ def draw_probe(data, claim, path):
     colors, handles = colors_of(labels), {}
     for panel, (env_id, runs) in zip(panels[0], data.items()):
         for label, seeds in runs.items():
-            shares = np.array([[float(row["correct"]) for row in rows] for rows in seeds.values()])
-            x, style = np.arange(shares.shape[1]), dict(color=colors[label])
-            (handles[label],) = panel.plot(x, 100 * shares.mean(0), lw=2, **style)
-            panel.fill_between(x, *(100 * end(0) for end in (shares.min, shares.max)),
-                               alpha=0.15, lw=0, **style)  # fmt: skip
+            before, after = (
+                100 * np.array([
+                    [float(row["correct"]) for row in rows if row["trained"] == trained]
+                    for rows in seeds.values()
+                ])
+                for trained in "01"
+            )  # fmt: skip
+            x, style = np.arange(after.shape[1]), dict(color=colors[label])
+            panel.plot(x, before.mean(0), lw=1.2, ls="--", **style)
+            (handles[label],) = panel.plot(x, after.mean(0), lw=2, **style)
+            panel.fill_between(x, after.min(0), after.max(0), alpha=0.15, lw=0, **style)
         panel.axhline(50, color="black", lw=0.8, ls=":")
         panel.set(xlabel="steps since the cue", xlim=(0, None), title=env_id)
         panel.xaxis.get_major_locator().set_params(integer=True)
@@ -285,7 +294,7 @@ def table(data, claim):
     lines = [header, ["---"] * len(header)]
     for env_id, curves in data.items():
         goal = claim.threshold.get(env_id)
-        threshold = f", threshold {goal:,.0f}" if goal else ""
+        threshold = f", threshold {goal:,g}" if goal else ""
         last = max(curve.steps[-1] for curve in curves.values())
         lines.append([f"**{env_id}**, {last:,} steps{threshold}"] + [""] * (len(header) - 1))
         for label in ordered(curves, claim):

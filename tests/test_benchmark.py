@@ -173,7 +173,7 @@ def test_ablation_finds_where_a_policy_keeps_the_cue(script, place, tmp_path, mo
 
     agent = script.Agent(args, 2, 2, 1, False, torch.device("cpu"))
     monkeypatch.setattr(type(agent.actor), "act", act)
-    run = memory.load(folder)
+    *run, _ = memory.load(folder)
     returns = memory.ablate(*run, 20)
     forgets = 1 + 0.2 * (horizon - 1)
     expected = dict.fromkeys(memory.CHANGES, horizon)
@@ -192,6 +192,24 @@ def test_ablation_finds_where_a_policy_keeps_the_cue(script, place, tmp_path, mo
         assert shares[1:] == pytest.approx([0.5] * (horizon - 1), abs=0.1)
 
 
+@pytest.mark.parametrize("script", [s2pg_sac, bptt_sac, s2pg_td3, s2pg_ppo, bptt_ppo])
+def test_the_untrained_policy_is_the_one_that_the_run_began_with(script, tmp_path, monkeypatch):
+    begun = []
+
+    def keep(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        begun.append({k: v.clone() for k, v in self.actor.state_dict().items()})
+
+    init = script.Agent.__init__
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Agent, "__init__", keep)
+        _, folder = tiny_run(script, 5, tmp_path, monkeypatch, seed=3)
+    _, _, trained, fresh = memory.load(folder)
+    (first,) = begun
+    assert all(torch.equal(value, first[k]) for k, value in fresh.state_dict().items())
+    assert not all(torch.equal(value, first[k]) for k, value in trained.state_dict().items())
+
+
 def test_policies_without_memory_and_other_folders_are_left_out(tmp_path, monkeypatch, capsys):
     _, folder = tiny_run(s2pg_sac, 5, tmp_path, monkeypatch)
     _, other = tiny_run(s2pg_sac, 5, tmp_path / "other", monkeypatch, memoryless=True)
@@ -206,7 +224,9 @@ def test_policies_without_memory_and_other_folders_are_left_out(tmp_path, monkey
     assert list(rows[0]) == ["env_id", "label", "seed", "episodes", *memory.CHANGES]
     with open(tmp_path / "my_probe.csv", newline="") as file:
         probed = list(csv.DictReader(file))
-    assert [row["step"] for row in probed] == list("01234") * 2
+    assert [row["trained"] + row["step"] for row in probed] == [
+        trained + step for _ in range(2) for trained in "01" for step in "01234"
+    ]
     # as it is, a policy gets what its own script says of it
     args = s2pg_sac.Args(**json.loads((folder / "args.json").read_text()))
     args.evaluate, args.eval_episodes = str(folder), 3
@@ -358,8 +378,13 @@ def test_what_memory_py_writes_becomes_a_table_and_a_picture(tmp_path):
             )
         ),
     ]  # fmt: skip
-    shares = [[*run, step, 1 / (1 + step * run[2])] for run in runs for step in range(3)]
-    memory.write(tmp_path / "p.csv", [*header, "step", "correct"], shares)
+    shares = [
+        [*run, trained, step, 1 / (1 + step * run[2]) if trained else 0.5]
+        for run in runs
+        for trained in (0, 1)
+        for step in range(3)
+    ]
+    memory.write(tmp_path / "p.csv", [*header, "trained", "step", "correct"], shares)
     data = plot.rows_of(tmp_path / "p.csv", claim)
     assert list(data) == list(env_ids[::-1]) and list(data[env_ids[0]]) == list(labels[::-1])
 
@@ -375,7 +400,7 @@ def test_what_memory_py_writes_becomes_a_table_and_a_picture(tmp_path):
     assert list(drawn) == list(data)
     for lines in drawn.values():
         mean = [100, 100 * (1 / 2 + 1 / 3 + 1 / 11) / 3, 100 * (1 / 3 + 1 / 5 + 1 / 21) / 3]
-        np.testing.assert_allclose(lines[:2], [mean, mean])
+        np.testing.assert_allclose(lines[:4], [[50] * 3, mean] * 2)
 
 
 def test_tables_go_between_their_marks_and_nowhere_else(tmp_path):

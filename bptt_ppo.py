@@ -41,6 +41,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
@@ -154,7 +155,7 @@ class Args:
     compile: bool = False
     """on CUDA: torch.compile the losses"""
     cudagraphs: bool = False
-    """not for BPTT-PPO, whose minibatches vary in shape: an error on CUDA"""
+    """on CUDA: capture the step of a minibatch as a graph, and replay it with one launch"""
 
 
 # What a task wants different from the defaults; options on the command line come before these.
@@ -340,7 +341,7 @@ def gae(reward, value, terminated, valid, gamma, gae_lambda):
 
 
 def clipped_policy_loss(log_prob, old_log_prob, advantage, clip_coef):
-    """-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] (Schulman et al. 2017, eq. 7); log rho [B].
+    """-min(rho A, clip(rho, 1 - eps, 1 + eps) A) [B] (Schulman et al. 2017, eq. 7); log rho [B].
 
     ValueError unless all three are [B]: [B, 1] and [B] would be multiplied to [B, B], without a
     word.
@@ -351,32 +352,31 @@ def clipped_policy_loss(log_prob, old_log_prob, advantage, clip_coef):
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    return -torch.min(ratio * advantage, clipped * advantage).mean(), log_ratio.detach()
+    return -torch.min(ratio * advantage, clipped * advantage), log_ratio.detach()
 
 
 def value_loss(value, old_value, returns, clip_coef):
-    """E[(V - R)^2] / 2; with a `clip_coef`, of V or V clipped near its old value, what is worse."""
+    """(V - R)^2 / 2 [B]; with a `clip_coef`, of V or V clipped near its old value, the worse."""
     error = (value - returns).square()
     if clip_coef is not None:
         clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
         error = torch.max(error, (clipped - returns).square())
-    return 0.5 * error.mean()
+    return 0.5 * error
 
 
 class RolloutSequences(NamedTuple):
-    """B sequences of at most L rows of a rollout, and the M transitions in them."""
+    """B sequences of L rows of a rollout; where they end sooner, the rest is not `inside`."""
 
     obs: torch.Tensor  # [L, B, O], normalised
     state: torch.Tensor  # [L, B, S], what the critic sees, normalised
-    z: torch.Tensor  # [B, Z actor + Z critic], internal states before the first row
+    z: torch.Tensor  # [L, B, Z actor + Z critic], of which the first row is used
     a_prev: torch.Tensor  # [L, B, A]
-    row: torch.Tensor  # [M], place of the transitions in their sequences
-    column: torch.Tensor  # [M], their sequences
-    action: torch.Tensor  # [M, A]
-    old_log_prob: torch.Tensor  # [M]
-    old_value: torch.Tensor  # [M], normalised like the returns
-    advantage: torch.Tensor  # [M]
-    returns: torch.Tensor  # [M], normalised
+    action: torch.Tensor  # [L, B, A]
+    old_log_prob: torch.Tensor  # [L, B]
+    old_value: torch.Tensor  # [L, B], normalised like the returns
+    advantage: torch.Tensor  # [L, B]
+    returns: torch.Tensor  # [L, B], normalised
+    inside: torch.Tensor  # [L, B]: is it a transition of its sequence?
 
 
 def cut(first, length):
@@ -395,27 +395,34 @@ def cut(first, length):
     return t, env, inside & valid[t, env] & (begin[t, env] == begin[start, env])
 
 
-def ppo_loss(log_prob, value, entropy, batch, args):
-    """L(pi) + vf_coef L(V) - ent_coef entropy; its parts, for the log; and log rho [B]."""
+def ppo_loss(log_prob, value, entropy, batch, args, mean=torch.mean):
+    """L(pi) + vf_coef L(V) - ent_coef entropy; its parts, for the log; and log rho [B].
+
+    `mean` is that of a loss [B] over the transitions.
+    """
     pg_loss, log_ratio = clipped_policy_loss(
         log_prob, batch.old_log_prob, batch.advantage, args.clip_coef
     )
     clip_value = args.clip_coef if args.clip_vloss else None
     v_loss = value_loss(value, batch.old_value, batch.returns, clip_value)
+    pg_loss, v_loss = mean(pg_loss), mean(v_loss)
     loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
     return loss, dict(policy_loss=pg_loss, value_loss=v_loss, entropy=entropy), log_ratio
 
 
 def bptt_ppo_loss(actor, critic, batch, args):
     """The loss of the transitions of sequences, whose memories are computed from their first z."""
-    z_actor, z_critic = batch.z.split([actor.z_dim, critic.z_dim], -1)
+    z_actor, z_critic = batch.z[0].split([actor.z_dim, critic.z_dim], -1)
     h, _ = actor.remember(batch.obs, z_actor, batch.a_prev)
-    at = batch.row, batch.column
-    mean = actor(batch.obs[at], h[at])
-    log_prob = gaussian_log_prob(batch.action, mean, actor.log_std)
+    log_prob = gaussian_log_prob(batch.action, actor(batch.obs, h), actor.log_std)
+    # rho = 1 outside: it could be infinite there, and infinity times a weight of 0 is NaN
+    log_prob = torch.where(batch.inside, log_prob, batch.old_log_prob).flatten()
     h, _ = critic.remember(batch.state, z_critic, batch.a_prev)
-    value = critic(batch.state[at], h[at]).squeeze(-1)
-    return ppo_loss(log_prob, value, gaussian_entropy(actor.log_std), batch, args)
+    value = critic(batch.state, h).flatten()
+    entropy = gaussian_entropy(actor.log_std)
+    batch = RolloutSequences(*(x.flatten(0, 1) for x in batch))
+    weight = batch.inside.to(value.dtype) / batch.inside.sum()
+    return ppo_loss(log_prob, value, entropy, batch, args, mean=weight.dot)
 
 
 class BPTTPPO:
@@ -432,15 +439,18 @@ class BPTTPPO:
         self.critic = RecurrentCritic(critic_dim, action_dim, args.state_dim, args.rnn).to(device)
         self.z_dim = self.actor.z_dim + self.critic.z_dim  # both have a memory
         self.parameters = [*self.actor.parameters(), *self.critic.parameters()]
-        self.lr = torch.tensor(args.learning_rate, device=device)  # written by `train`
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, eps=1e-5, fused=True)
+        self.lr = torch.tensor(args.learning_rate, device=device)  # for a graph to read
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=self.lr, eps=1e-5, fused=True, capturable=args.cudagraphs
+        )
         self.loss = torch.compile(bptt_ppo_loss) if args.compile else bptt_ppo_loss
+        if args.cudagraphs:
+            self.learn = Graphed(self.learn)
+        self.static = None  # rows and sequences, in memory that a graph can read again and again
         self.row_sizes = obs_dim, critic_dim, self.z_dim, action_dim
 
     def make_rollout(self):
         args = self.args
-        if args.cudagraphs:
-            raise ValueError("--cudagraphs is not for BPTT-PPO, whose minibatches vary in shape")
         return Rollout(args.num_steps, args.num_envs, *self.row_sizes, self.device)
 
     @torch.no_grad()
@@ -470,28 +480,32 @@ class BPTTPPO:
             advantage = (advantage - mean) / (std + 1e-8)
         obs = self.actor.normalizer(rows["obs"][:-1])
         state = self.critic.normalizer(rows["critic_obs"][:-1])
-        transitions = (
-            rows["action"][:-1], rows["log_prob"][:-1], self.critic.returns(value), advantage,
+        columns = (
+            obs, state, rows["z"][:-1], rows["a_prev"][:-1], rows["action"][:-1],
+            rows["log_prob"][:-1], self.critic.returns(value), advantage,
             self.critic.returns(returns),
         )  # fmt: skip
-        times, places, masks = cut(rows["first"], args.sequence_length)
+        t, env, inside = cut(rows["first"], args.sequence_length)
+        place = t * args.num_envs + env  # in the columns, time by time
 
+        n, most = value.numel(), args.num_steps * args.num_envs
+        if self.static is None:
+            static = [column.new_zeros(most, *column.shape[2:]) for column in columns]
+            shape = args.sequence_length, math.ceil(most / args.num_minibatches)
+            self.static = place.new_zeros(shape), inside.new_zeros(shape), static
+        for static, column in zip(self.static[2], columns):
+            static[:n] = column.flatten(0, 1)
+
+        length, sequences = place.shape
         for _ in range(args.update_epochs):
-            order, log_ratios = torch.randperm(len(places), device=self.device), []
-            for index in order.tensor_split(min(args.num_minibatches, len(order))):
-                t, n = times[:, index], places[index]
-                row, column = masks[:, index].nonzero(as_tuple=True)
-                minibatch = RolloutSequences(
-                    obs[t, n], state[t, n], rows["z"][t[0], n], rows["a_prev"][t, n], row, column,
-                    *(values[t[row, column], n[column]] for values in transitions),
-                )  # fmt: skip
-                loss, losses, log_ratio = self.loss(self.actor, self.critic, minibatch, args)
-                self.optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
-                self.optimizer.step()
-                log_ratios.append(log_ratio)
-            log_ratio = torch.cat(log_ratios)
+            order, log_ratios = torch.randperm(sequences, device=self.device), []
+            for index in order.tensor_split(min(args.num_minibatches, sequences)):
+                size = len(index)
+                self.static[0][:length, :size] = place[:, index]
+                self.static[1][:length, :size] = inside[:, index]
+                losses, log_ratio = self.learn(length, size)
+                log_ratios.append(log_ratio.view(length, size).clone())
+            log_ratio = torch.cat(log_ratios, 1)[inside[:, order]]
             ratio = log_ratio.exp()
             approx_kl = (ratio - 1 - log_ratio).mean()
             if args.target_kl is not None and approx_kl > args.target_kl:
@@ -508,8 +522,52 @@ class BPTTPPO:
         )  # fmt: skip
         return {f"losses/{name}": value.detach() for name, value in losses.items()}
 
+    def learn(self, length, size):
+        """A gradient step on `size` sequences; returns losses and log rho [length * size]."""
+        place, inside, columns = self.static
+        place, inside = place[:length, :size], inside[:length, :size]
+        minibatch = RolloutSequences(*(column[place] for column in columns), inside)
+        loss, losses, log_ratio = self.loss(self.actor, self.critic, minibatch, self.args)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
+        self.optimizer.step()
+        return {name: value.detach() for name, value in losses.items()}, log_ratio
+
 
 Agent = BPTTPPO  # what `train` and `replay` work with
+
+
+class Graphed:
+    """`function`, captured as a CUDA graph in its fourth call and replayed from then on.
+
+    All its kernels then take one launch. A replay repeats the kernels and not the Python, so what
+    changes between two calls must lie in tensors that are written in place; and it overwrites
+    what the call before returned. There is one graph for each combination of arguments.
+    """
+
+    def __init__(self, function):
+        self.function, self.calls, self.graphs = function, collections.Counter(), {}
+
+    def __call__(self, *args):
+        self.calls[args] += 1
+        if self.calls[args] <= 3:  # on a side stream, as the capture: they create what it reuses
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream), warnings.catch_warnings():
+                # of an optimiser that is made for a graph and not in one yet
+                warnings.filterwarnings("ignore", message=".*capturable=True")
+                result = self.function(*args)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if args not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = self.function(*args)
+            self.graphs[args] = graph, result
+        graph, result = self.graphs[args]
+        graph.replay()
+        return result
 
 
 def to_device(array, device):

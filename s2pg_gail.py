@@ -512,7 +512,7 @@ def gae(reward, value, terminated, valid, gamma, gae_lambda):
 
 
 def clipped_policy_loss(log_prob, old_log_prob, advantage, clip_coef):
-    """-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)] (Schulman et al. 2017, eq. 7); log rho [B].
+    """-min(rho A, clip(rho, 1 - eps, 1 + eps) A) [B] (Schulman et al. 2017, eq. 7); log rho [B].
 
     ValueError unless all three are [B]: [B, 1] and [B] would be multiplied to [B, B], without a
     word.
@@ -523,16 +523,16 @@ def clipped_policy_loss(log_prob, old_log_prob, advantage, clip_coef):
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    return -torch.min(ratio * advantage, clipped * advantage).mean(), log_ratio.detach()
+    return -torch.min(ratio * advantage, clipped * advantage), log_ratio.detach()
 
 
 def value_loss(value, old_value, returns, clip_coef):
-    """E[(V - R)^2] / 2; with a `clip_coef`, of V or V clipped near its old value, what is worse."""
+    """(V - R)^2 / 2 [B]; with a `clip_coef`, of V or V clipped near its old value, the worse."""
     error = (value - returns).square()
     if clip_coef is not None:
         clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
         error = torch.max(error, (clipped - returns).square())
-    return 0.5 * error.mean()
+    return 0.5 * error
 
 
 class Batch(NamedTuple):
@@ -549,13 +549,17 @@ class Batch(NamedTuple):
     returns: torch.Tensor  # [B], normalised
 
 
-def ppo_loss(log_prob, value, entropy, batch, args):
-    """L(pi) + vf_coef L(V) - ent_coef entropy; its parts, for the log; and log rho [B]."""
+def ppo_loss(log_prob, value, entropy, batch, args, mean=torch.mean):
+    """L(pi) + vf_coef L(V) - ent_coef entropy; its parts, for the log; and log rho [B].
+
+    `mean` is that of a loss [B] over the transitions.
+    """
     pg_loss, log_ratio = clipped_policy_loss(
         log_prob, batch.old_log_prob, batch.advantage, args.clip_coef
     )
     clip_value = args.clip_coef if args.clip_vloss else None
     v_loss = value_loss(value, batch.old_value, batch.returns, clip_value)
+    pg_loss, v_loss = mean(pg_loss), mean(v_loss)
     loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
     return loss, dict(policy_loss=pg_loss, value_loss=v_loss, entropy=entropy), log_ratio
 

@@ -50,7 +50,7 @@ class Args:
     compile: bool = False
     """as in the scripts, for CUDA"""
     cudagraphs: bool = False
-    """as in the scripts, for CUDA; BPTT-PPO has none"""
+    """as in the scripts, for CUDA"""
     rounds: int = 15
     """times that each method takes its turn; a third of it for PPO, whose turns are longer"""
     updates: int = 10
@@ -202,8 +202,7 @@ def on_policy(sizes, args):
         variants[f"BPTT, L = {length}"] = bptt_ppo, dict(sequence_length=length)
     steps = {}
     for name, (module, variant) in variants.items():
-        graphs = args.cudagraphs and module is s2pg_ppo
-        options = module.Args(compile=args.compile, cudagraphs=graphs, **variant)
+        options = module.Args(compile=args.compile, cudagraphs=args.cudagraphs, **variant)
         agent = module.Agent(options, *sizes, True, torch.device(args.device))
         rollout = agent.make_rollout()
         fill_rollout(agent, rollout, sizes)

@@ -104,20 +104,29 @@ def copy_of(rollout):
     return rows | dict(valid=~rows["first"][1:])
 
 
+def where_transitions_are(batch):
+    """In the columns of a minibatch."""
+    return getattr(batch, "inside", slice(None))
+
+
 def watch(agent, monkeypatch):
-    """Notes the minibatch, the gradient [P] and log rho of every loss of later updates."""
+    """Notes minibatch, columns of its transitions, gradient [P] and log rho of every later loss."""
     seen, loss_function = [], agent.loss
 
     def watched(actor, critic, batch, args):
         loss, losses, log_ratio = loss_function(actor, critic, batch, args)
+        batch = type(batch)(*(column.clone() for column in batch))  # some are used again
+        at = where_transitions_are(batch)
+        columns = SimpleNamespace(**{k: v[at] for k, v in batch._asdict().items()})
         gradients = [
             torch.autograd.grad(loss, list(m.parameters()), retain_graph=True, allow_unused=True)
             for m in (actor, critic)
         ]
         seen.append(
             SimpleNamespace(
-                batch=batch, log_ratio=log_ratio, actor_gradient=gradients[0],
+                batch=batch, columns=columns, actor_gradient=gradients[0],
                 critic_gradient=gradients[1],
+                log_ratio=log_ratio.view(batch.old_log_prob.shape)[at],
             )
         )  # fmt: skip
         return loss, losses, log_ratio
@@ -296,17 +305,19 @@ def check_first_losses(script, tmp_path, monkeypatch, **options):
     """Before the first step on a rollout, the loss finds the densities and values of acting."""
     seen, ppo_loss = [], script.ppo_loss
 
-    def watched(log_prob, value, entropy, batch, args):
-        seen.append((log_prob.detach(), value.detach(), batch))
-        return ppo_loss(log_prob, value, entropy, batch, args)
+    def watched(log_prob, value, entropy, batch, args, **mean):
+        at = where_transitions_are(batch)
+        found = log_prob.detach(), value.detach(), batch.old_log_prob, batch.old_value
+        seen.append([column[at] for column in found])
+        return ppo_loss(log_prob, value, entropy, batch, args, **mean)
 
     monkeypatch.setattr(script, "ppo_loss", watched)
     train(script, tmp_path, monkeypatch, **PENDULUM, **options)
     assert len(seen) >= 3
-    for log_prob, value, batch in seen:
+    for log_prob, value, old_log_prob, old_value in seen:
         # sums over some float32 terms of size 10, computed in other orders
-        torch.testing.assert_close(log_prob, batch.old_log_prob, rtol=0, atol=3e-5)
-        torch.testing.assert_close(value, batch.old_value, rtol=0, atol=3e-5)
+        torch.testing.assert_close(log_prob, old_log_prob, rtol=0, atol=3e-5)
+        torch.testing.assert_close(value, old_value, rtol=0, atol=3e-5)
         assert log_prob.std() > 0.01 and value.std() > 1e-3
     # and it is not the same policy every time
     assert abs(seen[0][0].mean() - seen[-1][0].mean()) > 1e-3
@@ -472,16 +483,16 @@ def test_rows_outside_of_the_sequences_have_no_influence(rnn, monkeypatch):
     seen = watch(agent, monkeypatch)
     agent.update(fill(agent, *SOME_LANES))
     batch = seen[0].batch
-    outside = torch.ones_like(batch.obs[..., :1], dtype=torch.bool)
-    outside[batch.row, batch.column] = False
-    assert outside.float().mean() > 0.2
-    other = batch._replace(**{
-        name: torch.where(outside, 1e3 * torch.randn_like(rows), rows)
-        for name, rows in zip(("obs", "state", "a_prev"), (batch.obs, batch.state, batch.a_prev))
-    })  # fmt: skip
+    outside = ~batch.inside
+    assert outside.float().mean() > 0.2 and batch.inside[0].all()
+    columns = [column.clone() for column in batch]
+    for column in columns[:-1]:
+        column[outside] = 1e3 * torch.randn_like(column[outside])
+    other = type(batch)(*columns)
     for b in (batch, other):
         agent.loss(agent.actor, agent.critic, b, agent.args)
     one, two = seen[-2:]
+    assert torch.isfinite(flat(two.actor_gradient)).all()
     torch.testing.assert_close(flat(two.actor_gradient), flat(one.actor_gradient))
     torch.testing.assert_close(flat(two.critic_gradient), flat(one.critic_gradient))
     assert flat(one.actor_gradient).any() and torch.equal(one.log_ratio, two.log_ratio)
@@ -512,11 +523,13 @@ def test_the_policy_loss_ends_where_the_ratio_has_gone_far_enough(
     assert math.isclose(grad.item(), 0 if clipped else -ratio * advantage, rel_tol=1e-5)
 
 
-def test_the_policy_loss_is_a_mean():
+def test_losses_of_a_batch_are_those_of_its_transitions():
     x = torch.randn(3, 50)
-    loss, _ = s2pg_ppo.clipped_policy_loss(*x, 0.1)
     single = [s2pg_ppo.clipped_policy_loss(*x[:, k : k + 1], 0.1)[0] for k in range(50)]
-    torch.testing.assert_close(loss, torch.stack(single).mean())
+    torch.testing.assert_close(s2pg_ppo.clipped_policy_loss(*x, 0.1)[0], torch.cat(single))
+    for clip_coef in (None, 0.2):
+        single = [s2pg_ppo.value_loss(*x[:, k : k + 1], clip_coef) for k in range(50)]
+        torch.testing.assert_close(s2pg_ppo.value_loss(*x, clip_coef), torch.cat(single))
 
 
 @pytest.mark.parametrize("columns", [[0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]])
@@ -558,13 +571,6 @@ def test_the_value_loss_is_the_larger_of_two_squared_errors(
     assert math.isclose(grad, (value - returns).item() if moves else 0, rel_tol=1e-5)
 
 
-def test_the_value_loss_is_a_mean():
-    x = torch.randn(3, 50)
-    for clip_coef in (None, 0.2):
-        single = [s2pg_ppo.value_loss(*x[:, k : k + 1], clip_coef) for k in range(50)]
-        torch.testing.assert_close(s2pg_ppo.value_loss(*x, clip_coef), torch.stack(single).mean())
-
-
 def test_density_and_entropy_are_those_of_torch_distributions():
     """With their gradients with respect to x, mean and log std."""
     x, mean = torch.randn(2, 40, 5, dtype=torch.float64).unbind()
@@ -584,18 +590,18 @@ def test_density_and_entropy_are_those_of_torch_distributions():
             torch.testing.assert_close(a, b)
 
 
-def some_losses(scale=1.0, shift=0.0, **options):
-    """`ppo_loss` of the same random batch, whose advantages are scaled and shifted."""
+def some_losses(scale=1.0, shift=0.0, take=slice(None), mean=torch.mean, **options):
+    """`ppo_loss` of a random batch, or of a part of it, whose advantages are scaled and shifted."""
     generator = torch.Generator().manual_seed(3)
     log_prob, old_log_prob, value, old_value, advantage, returns = torch.randn(
         6, 30, generator=generator
-    )
+    )[:, take]
     batch = SimpleNamespace(
         old_log_prob=log_prob + 0.3 * old_log_prob, old_value=old_value, returns=returns,
         advantage=scale * advantage + shift,
     )  # fmt: skip
     args = s2pg_ppo.Args(**options)
-    return s2pg_ppo.ppo_loss(log_prob, value, torch.tensor(7.0), batch, args)
+    return s2pg_ppo.ppo_loss(log_prob, value, torch.tensor(7.0), batch, args, mean)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts():
@@ -603,6 +609,16 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
     expected = losses["policy_loss"] + 0.3 * losses["value_loss"] - 0.01 * 7.0
     torch.testing.assert_close(loss, expected)
     assert losses.keys() == {"policy_loss", "value_loss", "entropy"} and losses["entropy"] == 7
+
+
+def test_the_loss_is_a_mean_over_the_transitions_that_count():
+    """With a mean that gives some of them no weight it is the loss of the others."""
+    weight = (torch.arange(30) % 3 > 0) / 20
+    expected, parts, _ = some_losses(take=weight > 0)
+    loss, same_parts, _ = some_losses(mean=weight.dot)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(same_parts, parts)
+    assert abs(loss - some_losses()[0]) > 0.01
 
 
 @SCRIPTS
@@ -614,10 +630,10 @@ def test_advantages_are_normalised_over_the_rollout(script, norm_adv, monkeypatc
     transitions = int(copy_of(rollout)["valid"].sum())
     agent.update(rollout)
     assert len(seen) > 1
-    advantage = torch.cat([x.batch.advantage for x in seen])[:transitions]
+    advantage = torch.cat([x.columns.advantage for x in seen])[:transitions]
     standardised = abs(advantage.mean()) < 1e-6 and abs(advantage.std(correction=0) - 1) < 1e-6
     assert standardised == norm_adv
-    assert all(abs(x.batch.advantage.mean()) > 1e-3 for x in seen)
+    assert all(abs(x.columns.advantage.mean()) > 1e-3 for x in seen)
 
 
 def test_values_are_clipped_if_asked_for():
@@ -727,7 +743,7 @@ def test_evaluation_leaves_the_statistics_alone(script):
 
 def transitions_of(minibatches):
     """Their log-densities while acting, which no two have in common."""
-    return torch.cat([x.batch.old_log_prob for x in minibatches])
+    return torch.cat([x.columns.old_log_prob for x in minibatches])
 
 
 @SCRIPTS
@@ -786,16 +802,14 @@ def test_minibatches_hold_the_rows_advantages_and_returns_of_their_transitions(s
     value, returns = normalizer(value), normalizer(returns)
     agent.update(rollout)
     places = {rows["log_prob"][t, n].item(): (t, n) for t, n in rows["valid"].nonzero().tolist()}
-    for batch in (x.batch for x in seen):
+    for batch in (x.columns for x in seen):
         at = tuple(torch.tensor([places[k] for k in batch.old_log_prob.tolist()]).T)
         expected = dict(old_value=value, advantage=advantage, returns=returns)
         for name, column in expected.items():
             torch.testing.assert_close(getattr(batch, name), column[at], rtol=1e-6, atol=1e-6)
-        inside = (batch.row, batch.column) if script is bptt_ppo else slice(None)
-        for name, column in dict(obs=obs, state=state, a_prev=rows["a_prev"]).items():
-            assert torch.equal(getattr(batch, name)[inside], column[at]), name
+        for name, column in dict(obs=obs, state=state, a_prev=rows["a_prev"], z=rows["z"]).items():
+            assert torch.equal(getattr(batch, name), column[at]), name
         if script is s2pg_ppo:
-            assert torch.equal(batch.z, rows["z"][at])
             sample = torch.cat([rows["action"][at], rows["z"][at[0] + 1, at[1]]], -1)
             assert torch.equal(batch.sample, sample)
         else:

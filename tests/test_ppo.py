@@ -489,6 +489,7 @@ def test_rows_outside_of_the_sequences_have_no_influence(rnn, monkeypatch):
     for column in columns[:-1]:
         column[outside] = 1e3 * torch.randn_like(column[outside])
     other = type(batch)(*columns)
+    other.old_log_prob[outside] = -1e9  # rho would be infinite
     for b in (batch, other):
         agent.loss(agent.actor, agent.critic, b, agent.args)
     one, two = seen[-2:]

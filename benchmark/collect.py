@@ -1,6 +1,7 @@
 """From event files to one tidy CSV for each claim.
 
     python benchmark/collect.py cue_recall                  # what sweep.py ran of it
+    python benchmark/collect.py cue_recall --add            # beside what the CSV has of other runs
     python benchmark/collect.py --runs runs/* --csv my.csv  # any runs; labels are their --exp-name
 
 A row is one evaluation: environment, label, script, options that were not at their defaults, seed,
@@ -41,6 +42,8 @@ class Args:
     """the folder that sweep.py ran them in"""
     cuda: bool = False
     """those that it ran with --cuda"""
+    add: bool = False
+    """keep the rows of the CSV whose runs are not here, as those of other seeds or machines"""
     results: str = "benchmark/results"
     """folder of the CSVs"""
     runs: tuple[str, ...] = ()
@@ -108,8 +111,23 @@ def evaluations(folder, run=None, machine=None, only_step_0=False):
     return rows
 
 
-def write(rows, path):
+def others(rows, path):
+    """The rows that the CSV at `path` has of other runs than those of `rows`. ValueError if it is
+    no CSV of this script."""
+    here = {(row[0], row[1], row[4]) for row in rows}
+    with open(path, newline="") as file:
+        header, *found = list(csv.reader(file)) or [[]]
+    if not header or header != COLUMNS[: len(header)]:  # older ones have fewer columns
+        raise ValueError(f"{path} is no CSV of collect.py")
+    fill = [""] * (len(COLUMNS) - len(header))
+    found = [[*row[:4], int(row[4]), int(row[5]), *row[6:], *fill] for row in found]
+    return [row for row in found if (row[0], row[1], row[4]) not in here]
+
+
+def write(rows, path, add=False):
     """The CSV, sorted; whole or not at all. ValueError if two runs have one label and seed."""
+    if add and path.exists():
+        rows = rows + others(rows, path)
     unique = {}
     for row in rows:
         key = tuple(row[i] for i in (0, 1, 4, 5))
@@ -136,7 +154,7 @@ def collect_claim(name, args):
         rows += evaluations(sweep.run_dir(run), run, machine, run.label in claim.cloning)
     if not rows:
         raise ValueError(f"no run of {name} is finished in {args.out}")
-    write(rows, Path(args.results, f"{name}.csv"))
+    write(rows, Path(args.results, f"{name}.csv"), args.add)
 
 
 def main(args: Args):
@@ -157,7 +175,7 @@ def main(args: Args):
                     print(f"left out: {error}")
             if not rows:
                 raise ValueError("none of these is a run with an evaluation")
-            write(rows, Path(args.csv))
+            write(rows, Path(args.csv), args.add)
     except (ValueError, OSError) as error:
         sys.exit(f"collect.py: {error}")
 

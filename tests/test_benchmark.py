@@ -516,6 +516,38 @@ def test_a_run_may_be_collected_while_it_is_evaluated(tmp_path):
     assert [row[collect.COLUMNS.index("step")] for row in rows] == [100]
 
 
+@pytest.mark.parametrize("columns", [10, 14])  # the first versions had fewer
+def test_rows_of_runs_that_are_elsewhere_are_kept_if_asked_for(columns, tmp_path):
+    path = tmp_path / "a.csv"
+    one, two = (evaluated(tmp_path / str(seed), [50, 100], seed=seed) for seed in (1, 2))
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(row[:columns] for row in [collect.COLUMNS, *one, *two])
+    two, three = (evaluated(tmp_path / f"new {seed}", [100], seed=seed) for seed in (2, 3))
+    collect.write(two + three, path, add=True)
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == collect.COLUMNS
+    expected = [("1", "50"), ("2", "100"), ("3", "100"), ("1", "100")]
+    assert sorted((row["seed"], row["step"]) for row in rows) == sorted(expected)
+    before = path.read_bytes()
+    collect.write([], path, add=True)
+    assert path.read_bytes() == before
+    collect.write(one, path)
+    with open(path, newline="") as file:
+        assert {row["seed"] for row in csv.DictReader(file)} == {"1"}
+
+
+@pytest.mark.parametrize("text", ["", "seed,step\n1,2\n"])
+def test_nothing_is_added_to_a_foreign_file(text, tmp_path):
+    run_dir, path = tmp_path / "run", tmp_path / "a.csv"
+    evaluated(run_dir, [100])
+    path.write_text(text)
+    options = "--runs", run_dir, "--csv", path
+    status, _, err = run("collect", *options, "--add", cwd=tmp_path)
+    assert status == 1 and err == f"collect.py: {path} is no CSV of collect.py\n"
+    assert path.read_text() == text
+
+
 @pytest.mark.parametrize("script", [s2pg_sac, s2pg_ppo, bptt_sac])
 def test_runs_of_an_earlier_version_are_collected(script, tmp_path):
     """One that lacked an option, and had one that is no more."""

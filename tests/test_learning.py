@@ -10,7 +10,7 @@ import pytest
 
 SAC = "s2pg_sac", "--eval-frequency", "2500", "--total-timesteps"
 PPO = "s2pg_ppo", "--total-timesteps", "50000", "--eval-frequency", "10000"
-LSIQ = "s2pg_lsiq", "--total-timesteps", "7500", "--eval-frequency", "2500", "--batch-size", "128"
+LSIQ = "s2pg_lsiq", "--total-timesteps", "20000", "--eval-frequency", "2500", "--batch-size", "128"
 GAIL = "s2pg_gail", "--total-timesteps", "100000", "--eval-frequency", "10000"
 
 

@@ -491,7 +491,8 @@ class BPTTPPO:
         n, most = value.numel(), args.num_steps * args.num_envs
         if self.static is None:
             static = [column.new_zeros(most, *column.shape[2:]) for column in columns]
-            shape = args.sequence_length, math.ceil(most / args.num_minibatches)
+            longest = min(args.sequence_length, args.num_steps)
+            shape = longest, math.ceil(most / args.num_minibatches)
             self.static = place.new_zeros(shape), inside.new_zeros(shape), static
         for static, column in zip(self.static[2], columns):
             static[:n] = column.flatten(0, 1)

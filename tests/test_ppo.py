@@ -212,6 +212,14 @@ def test_sequences_are_as_long_as_they_may_be():
     assert runs == [[0, 1, 2], [3, 4, 5], [6], [8, 9, 10], [11, 12, 13], [14]]
 
 
+def test_memory_for_sequences_ends_with_the_rollout():
+    """However long they may be: many write a large number for "the whole episode"."""
+    agent = make_agent(bptt_ppo, sequence_length=10**9)
+    agent.update(fill(agent, *SOME_LANES))
+    place, inside, _ = agent.static
+    assert place.shape == inside.shape and len(place) == agent.args.num_steps
+
+
 @RNN
 def test_the_recurrent_layer_is_given_contiguous_states(rnn):
     """cuDNN takes no others: "rnn: hx is not contiguous"."""

@@ -189,7 +189,7 @@ CLAIMS = {
             "target entropy of z -3Z": "s2pg_sac.py --target-entropy-z -3",
         },
         [
-            f"{HOPPER} --total-timesteps 50000 --eval-frequency 5000",
+            "--env-id Hopper-v4 --total-timesteps 100000 --eval-frequency 5000 --eval-episodes 10",
             f"{CUE} CueRecall-100-v0 --total-timesteps 20000 --eval-frequency 1000",
         ],
         seeds=3,

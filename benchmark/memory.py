@@ -12,6 +12,12 @@ Probe (CLAIM_probe.csv), where the task is CueRecall. How long does the memory t
 apart? The policy is played with its noise, and a linear classifier (Fisher's discriminant), fitted
 to half of the episodes, reads the cue from z after each step of the other half: the share that it
 reads correctly, .5 if there is nothing to be read. The same of the policy before its training.
+
+Readout (CLAIM_readout.csv), where the state is more than what the policy sees. How well does the
+memory know what is hidden? In episodes played with the noise, linear regressions, fitted to half of
+them, predict it from o and a_prev, and from the memory beside them: as the policy read it, a copy
+of it without noise, and one of the policy before its training, both along the same observations and
+actions. R^2 in the other half, in percent, its mean over all that is hidden.
 """
 
 import csv
@@ -34,6 +40,7 @@ CHANGES = {
     "-a_prev": lambda z, a_prev: (z, -a_prev),
     "z = 0": lambda z, a_prev: (0 * z, a_prev),
 }
+READ = "o and a_prev", "and the memory", "the same, no noise", "the same, untrained"
 
 
 @dataclasses.dataclass
@@ -45,7 +52,7 @@ class Args:
     out: str = "runs/sweep"
     """the folder that sweep.py ran them in"""
     episodes: int = 40
-    """for each change of the ablation, the same for all"""
+    """for each change of the ablation, the same for all, and for the readout"""
     probe_episodes: int = 2000
     """for the probe, half of them to fit it"""
     results: str = "benchmark/results"
@@ -53,7 +60,7 @@ class Args:
     runs: tuple[str, ...] = ()
     """folders of runs that are not of a claim"""
     csv: str = "my.csv"
-    """for those; "_ablated" and "_probe" are added to the name"""
+    """for those; "_ablated", "_probe" and "_readout" are added to the name"""
 
 
 def load(folder):
@@ -120,6 +127,46 @@ def probe(script, args, actor, episodes):
     return shares
 
 
+@torch.no_grad()
+def readout(script, args, actor, fresh, episodes):
+    """{what is read: R^2 in percent} of what is hidden; empty if nothing is. 1000 steps at most."""
+    env = script.make_env(dataclasses.replace(args, privileged_critic=True), episodes)
+    seed = script.env_seed(args, 0, evaluation=True)
+    torch.manual_seed(seed)
+    obs, _ = env.reset(seed=seed)
+    z = calm = untrained = torch.zeros(episodes, actor.z_dim)
+    a_prev = torch.zeros(episodes, actor.action_dim)
+    playing, rows = torch.ones(episodes, dtype=torch.bool), []
+    for _ in range(1000):
+        o, state = (torch.as_tensor(obs[key]) for key in ("policy", "critic"))
+        # the policy reads the memory before the noise of the step is added
+        read, calm, untrained = (
+            network.act(o, memory, a_prev, deterministic=True)[1]
+            for network, memory in ((actor, z), (actor, calm), (fresh, untrained))
+        )
+        columns = torch.arange(episodes), state, torch.cat([o, a_prev], -1), read, calm, untrained
+        rows.append([column[playing].double() for column in columns])
+        a_prev, z = actor.act(o, z, a_prev)
+        obs, _, terminated, truncated, _ = env.step(a_prev.numpy())
+        playing &= ~torch.as_tensor(terminated | truncated)
+        if not playing.any():
+            break
+    env.close()
+    episode, state, seen, *memories = map(torch.cat, zip(*rows))
+    fit = episode % 2 == 0
+    hidden = [s for s in state.T if s[~fit].std() > 0 and not any(s.equal(o) for o in seen.T)]
+    if not hidden:
+        return {}
+    hidden, shares = torch.stack(hidden, -1), {}
+    for name, columns in zip(READ, [[seen], *([seen, memory] for memory in memories)]):
+        x = torch.cat([*columns, torch.ones(len(seen), 1)], -1)
+        ridge = 1e-9 * fit.sum() * torch.eye(x.shape[1])
+        weight = torch.linalg.solve(x[fit].T @ x[fit] + ridge, x[fit].T @ hidden[fit])
+        error = hidden[~fit] - x[~fit] @ weight
+        shares[name] = 100 * (1 - error.square().mean(0) / hidden[~fit].var(0, correction=0))
+    return {name: share.mean().item() for name, share in shares.items()}
+
+
 def write(path, header, rows):
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", newline="") as file:
@@ -135,7 +182,7 @@ def study(runs, path, args):
 
     ValueError if there is no other.
     """
-    ablated, probed = [], []
+    ablated, probed, read = [], [], []
     for label, folder in runs:
         try:
             script, options, actor, fresh = load(folder)
@@ -152,10 +199,16 @@ def study(runs, path, args):
             for trained, own in enumerate((fresh, actor)):
                 shares = probe(script, options, own, args.probe_episodes)
                 probed += [[*run, trained, t, f"{share:.3f}"] for t, share in enumerate(shares)]
+        shares = readout(script, options, actor, fresh, args.episodes)
+        if shares:
+            read.append([*run, args.episodes, *(f"{share:.1f}" for share in shares.values())])
+            print(*run, *(f"{name}: {share:.1f} %" for name, share in shares.items()), sep=", ")
     if not ablated:
         raise ValueError("none of these is a run of a policy with a memory")
     run = ["env_id", "label", "seed"]
     write(path.with_stem(path.stem + "_ablated"), [*run, "episodes", *CHANGES], ablated)
+    if read:
+        write(path.with_stem(path.stem + "_readout"), [*run, "episodes", *READ], read)
     if probed:
         write(path.with_stem(path.stem + "_probe"), [*run, "trained", "step", "correct"], probed)
 

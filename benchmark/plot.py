@@ -253,8 +253,8 @@ def draw_probe(data, claim, path):
     plt.close(figure)
 
 
-def ablation_table(data):
-    """Markdown: a row for each environment and method, the mean return of each seed."""
+def memory_table(data):
+    """Markdown: a row for each environment and method, what memory.py found with each seed."""
     runs = next(iter(data.values()))
     ((row, *_), *_) = next(iter(runs.values())).values()
     changes = [name for name in row if name not in ("env_id", "label", "seed", "episodes")]
@@ -403,9 +403,11 @@ def main(args: Args):
         if not args.check:
             draw(data, claim, path.with_suffix(".png"))
             print(path.with_suffix(".png"))
-        probed, ablated = (path.with_stem(f"{name}_{kind}") for kind in ("probe", "ablated"))
-        if ablated.exists():
-            tables[f"{name}_ablated"] = ablation_table(rows_of(ablated, claim))
+        for kind in ("ablated", "readout"):
+            studied = path.with_stem(f"{name}_{kind}")
+            if studied.exists():
+                tables[studied.stem] = memory_table(rows_of(studied, claim))
+        probed = path.with_stem(f"{name}_probe")
         if probed.exists() and not args.check:
             draw_probe(rows_of(probed, claim), claim, probed.with_suffix(".png"))
             print(probed.with_suffix(".png"))

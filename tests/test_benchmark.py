@@ -173,7 +173,7 @@ def test_ablation_finds_where_a_policy_keeps_the_cue(script, place, tmp_path, mo
 
     agent = script.Agent(args, 2, 2, 1, False, torch.device("cpu"))
     monkeypatch.setattr(type(agent.actor), "act", act)
-    *run, _ = memory.load(folder)
+    *run, fresh = memory.load(folder)
     returns = memory.ablate(*run, 20)
     forgets = 1 + 0.2 * (horizon - 1)
     expected = dict.fromkeys(memory.CHANGES, horizon)
@@ -190,6 +190,32 @@ def test_ablation_finds_where_a_policy_keeps_the_cue(script, place, tmp_path, mo
     assert shares == [1] * horizon if place != "nowhere" else shares[0] == 1
     if place == "nowhere":
         assert shares[1:] == pytest.approx([0.5] * (horizon - 1), abs=0.1)
+    # o is the cue in one step of ten, the memory what was read or done last
+    known = memory.readout(*run, fresh, 40)
+    seen, remembered = {"z": (100, 100), "a_prev": (100, 100), "nowhere": (10, 10)}[place]
+    assert known["o and a_prev"] == pytest.approx(seen, abs=5)
+    assert known["and the memory"] == pytest.approx(remembered, abs=5)
+
+
+def test_the_readout_tells_what_noise_hides_from_what_was_never_learned(tmp_path, monkeypatch):
+    """Memories written by hand: of the trained policy the sum of all cues seen, noise on it."""
+    _, folder = tiny_run(s2pg_sac, 10, tmp_path, monkeypatch)
+    script, args, trained, fresh = memory.load(folder)
+
+    def act(obs, z, a_prev, deterministic=False):
+        z = z + obs[:, :1] + (0 if deterministic else torch.randn_like(z[:, :1]))
+        return 0 * a_prev, z
+
+    monkeypatch.setattr(trained, "act", act)
+    monkeypatch.setattr(fresh, "act", lambda obs, z, a_prev, deterministic: (a_prev, 0 * z))
+    known = memory.readout(script, args, trained, fresh, 400)
+    # variances: of the cue .64, of the noise at step t that of t samples
+    assert list(known) == list(memory.READ)
+    assert known["the same, no noise"] == pytest.approx(100, abs=1e-6)
+    assert known["the same, untrained"] == pytest.approx(known["o and a_prev"], abs=1)
+    assert known["o and a_prev"] + 5 < known["and the memory"] < 60
+    args.env_id, args.env_kwargs = "InvertedPendulum-v4", {}
+    assert memory.readout(script, args, trained, fresh, 4) == {}  # where nothing is hidden
 
 
 @pytest.mark.parametrize("script", [s2pg_sac, bptt_sac, s2pg_td3, s2pg_ppo, bptt_ppo])
@@ -363,7 +389,7 @@ def test_what_memory_py_writes_becomes_a_table_and_a_picture(tmp_path):
     returns = [[*run, 40, 10.04, 200.6, -1, run[2]] for run in runs]
     header = ["env_id", "label", "seed"]
     memory.write(tmp_path / "a.csv", [*header, "episodes", *memory.CHANGES], returns)
-    assert plot.ablation_table(plot.rows_of(tmp_path / "a.csv", claim)).splitlines() == [
+    assert plot.memory_table(plot.rows_of(tmp_path / "a.csv", claim)).splitlines() == [
         "|  | as it is | a_prev = 0 | -a_prev | z = 0 |", "| --- | --- | --- | --- | --- |",
         *(
             line

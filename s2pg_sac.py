@@ -169,7 +169,9 @@ TUNED = {
     "Humanoid": dict(hide="velocities", critic_lr=1e-4, alpha_z=0.1, alpha_z_lr=5e-6),
     "HumanoidStandup": dict(hide="velocities", critic_lr=1e-4, alpha_z=0.1, alpha_z_lr=5e-6),
     "InvertedDoublePendulum": dict(hide="velocities", learning_starts=1_000),
-    "InvertedPendulum": dict(hide="velocities", learning_starts=1_000),
+    "InvertedPendulum": dict(
+        hide="velocities", learning_starts=1_000, critic_lr=3e-4, target_entropy_z=-3.0
+    ),
     "Swimmer": dict(hide="velocities"),
     "Walker2d": dict(hide="velocities", critic_lr=3e-4),
 }

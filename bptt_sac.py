@@ -94,6 +94,9 @@ class Args:
     """recurrent layer that gives the memory h"""
     state_dim: int = 32
     """size of the recurrent layer (the internal state of an LSTM, h and c, is twice as large)"""
+    chrono: int = 0
+    """longest time scale, in steps, that the gates of the recurrent layer begin with (chrono
+    initialisation); 0 for PyTorch's initialisation, which forgets within a few"""
     critic_sees_h: bool = False
     """give h to a privileged critic too"""
     sequence_length: int = 32
@@ -182,7 +185,7 @@ class RecurrentActor(nn.Module):
     cell state in the same interval.
     """
 
-    def __init__(self, obs_dim, action_dim, state_dim, rnn):
+    def __init__(self, obs_dim, action_dim, state_dim, rnn, chrono=0):
         super().__init__()
         self.action_dim, self.rnn = action_dim, rnn
         self.z_dim = 2 * state_dim if rnn == "lstm" else state_dim
@@ -191,6 +194,8 @@ class RecurrentActor(nn.Module):
         self.memory_action = nn.Linear(action_dim, 128)
         layers = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
         self.layer = layers[rnn](256, state_dim)
+        if chrono:
+            chrono_init(self.layer, chrono)
         self.policy_hidden = nn.Linear(256 + state_dim, 256)
         self.policy_head = nn.Linear(256, 2 * action_dim)
 
@@ -223,9 +228,23 @@ class RecurrentActor(nn.Module):
         return action, z_next
 
 
-def bounded_log_std(x):
-    """Map the reals into (LOG_STD_MIN, LOG_STD_MAX)."""
-    return LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(x) + 1)
+def chrono_init(cell, steps):
+    """Let the gates of a GRU or an LSTM, a cell or a layer, begin with time scales up to `steps`.
+
+    Tallec and Ollivier, "Can recurrent neural networks warp time?", 2018, eq. 16: the gate that
+    keeps has the bias log U(1, steps - 1), and the one that writes, if it is another, minus that.
+    """
+    n, (bias_ih, bias_hh) = cell.hidden_size, [p for p in cell.parameters() if p.dim() == 1]
+    keep = torch.empty(n).uniform_(1, steps - 1).log()
+    with torch.no_grad():
+        bias_ih[n : 2 * n], bias_hh[n : 2 * n] = keep, 0  # z of a GRU, f of an LSTM
+        if len(bias_ih) == 4 * n:
+            bias_ih[:n], bias_hh[:n] = -keep, 0
+
+
+def bounded_log_std(x, largest=LOG_STD_MAX):
+    """Map the reals into (LOG_STD_MIN, largest), and 0 to the middle."""
+    return LOG_STD_MIN + 0.5 * (largest - LOG_STD_MIN) * (torch.tanh(x) + 1)
 
 
 def atanh(x):
@@ -467,7 +486,7 @@ class BPTTSAC:
         self.args, self.device, self.action_dim = args, device, action_dim
         # a critic that is told no more than the policy gets h, in case that o is not Markov
         self.critic_sees_h = args.critic_sees_h or not privileged
-        actor = RecurrentActor(obs_dim, action_dim, args.state_dim, args.rnn)
+        actor = RecurrentActor(obs_dim, action_dim, args.state_dim, args.rnn, args.chrono)
         self.actor, self.z_dim = actor.to(device), actor.z_dim
         inputs = critic_dim + args.state_dim * self.critic_sees_h + action_dim + action_dim
         self.critic = TwinCritic(inputs).to(device)
@@ -939,6 +958,7 @@ def check_args(args):
         gamma=(0, 1 - 1e-9), tau=(1e-9, 1), utd=(0, 1e6), actor_lr=(0, inf), critic_lr=(0, inf),
         alpha=(1e-9, inf), alpha_lr=(0, inf), alpha_z=(1e-9, inf), alpha_z_lr=(0, inf),
         target_entropy_z=(-3.5, 0.5),  # a std is at least exp(-5); uniform in [-1, 1] it is .69
+        log_std_z_max=(-4.9, 2), chrono=(0, inf),
         exploration_noise=(0, inf), exploration_noise_z=(0, inf), policy_noise=(0, inf),
         noise_clip=(0, inf), policy_frequency=(1, inf), learning_rate=(0, inf),
         num_steps=(2, inf), num_minibatches=(1, inf), update_epochs=(1, inf), gae_lambda=(0, 1),
@@ -957,6 +977,11 @@ def check_args(args):
             option = "--" + name.replace("_", "-")
             given = f" with --buffer-size {buffer_size}" if name == "learning_starts" else ""
             raise ValueError(f"{option} is {value}; it must be in [{low}, {high}]{given}")
+    chrono, largest = vars(args).get("chrono", 0), vars(args).get("log_std_z_max", inf)
+    if chrono and (chrono < 3 or args.rnn == "rnn"):
+        raise ValueError("--chrono takes 3 steps or more, and --rnn gru or lstm, which have gates")
+    if vars(args).get("target_entropy_z", -inf) > largest + 1.4:  # of a Gaussian: 1.42 + log std
+        raise ValueError(f"--target-entropy-z is out of reach with --log-std-z-max {largest}")
     if args.resume and args.evaluate:
         raise ValueError("--resume and --evaluate exclude each other")
     if args.track and not args.evaluate and importlib.util.find_spec("wandb") is None:

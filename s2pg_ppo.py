@@ -905,6 +905,7 @@ def check_args(args):
         gamma=(0, 1 - 1e-9), tau=(1e-9, 1), utd=(0, 1e6), actor_lr=(0, inf), critic_lr=(0, inf),
         alpha=(1e-9, inf), alpha_lr=(0, inf), alpha_z=(1e-9, inf), alpha_z_lr=(0, inf),
         target_entropy_z=(-3.5, 0.5),  # a std is at least exp(-5); uniform in [-1, 1] it is .69
+        log_std_z_max=(-4.9, 2), chrono=(0, inf),
         exploration_noise=(0, inf), exploration_noise_z=(0, inf), policy_noise=(0, inf),
         noise_clip=(0, inf), policy_frequency=(1, inf), learning_rate=(0, inf),
         num_steps=(2, inf), num_minibatches=(1, inf), update_epochs=(1, inf), gae_lambda=(0, 1),
@@ -923,6 +924,11 @@ def check_args(args):
             option = "--" + name.replace("_", "-")
             given = f" with --buffer-size {buffer_size}" if name == "learning_starts" else ""
             raise ValueError(f"{option} is {value}; it must be in [{low}, {high}]{given}")
+    chrono, largest = vars(args).get("chrono", 0), vars(args).get("log_std_z_max", inf)
+    if chrono and (chrono < 3 or args.rnn == "rnn"):
+        raise ValueError("--chrono takes 3 steps or more, and --rnn gru or lstm, which have gates")
+    if vars(args).get("target_entropy_z", -inf) > largest + 1.4:  # of a Gaussian: 1.42 + log std
+        raise ValueError(f"--target-entropy-z is out of reach with --log-std-z-max {largest}")
     if args.resume and args.evaluate:
         raise ValueError("--resume and --evaluate exclude each other")
     if args.track and not args.evaluate and importlib.util.find_spec("wandb") is None:

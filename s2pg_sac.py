@@ -97,6 +97,9 @@ class Args:
     """recurrent cell that gives the mean g of the next internal state"""
     state_dim: int = 32
     """size of the recurrent cell (the internal state of an LSTM, h and c, is twice as large)"""
+    chrono: int = 0
+    """longest time scale, in steps, that the gates of the recurrent cell begin with (chrono
+    initialisation); 0 for PyTorch's initialisation, which forgets within a few"""
     memoryless: bool = False
     """drop the internal state: SAC with a policy of what it sees alone (Q still gets a_prev)"""
     critic_sees_z: bool = False
@@ -131,6 +134,8 @@ class Args:
     target_entropy_z: float = -1.0
     """target entropy of the internal state, in nats per component, -1 as published: around 0 this
     is a standard deviation of .09, and -3 one of .012"""
+    log_std_z_max: float = 2.0
+    """largest log std of the internal state before its tanh; it begins halfway from -5 to this"""
 
     resume: str | None = None
     """folder of a run to continue; options given beside it replace the run's own, but temperatures
@@ -190,7 +195,9 @@ class StochasticStatefulActor(nn.Module):
     z = (h, tanh c), which keeps the unbounded cell state in the same interval.
     """
 
-    def __init__(self, obs_dim, action_dim, state_dim, rnn, kernel):
+    def __init__(
+        self, obs_dim, action_dim, state_dim, rnn, kernel, chrono=0, log_std_z_max=LOG_STD_MAX
+    ):
         super().__init__()
         self.action_dim, self.state_dim, self.rnn, self.kernel = action_dim, state_dim, rnn, kernel
         self.z_dim = 2 * state_dim if rnn == "lstm" else state_dim
@@ -200,8 +207,12 @@ class StochasticStatefulActor(nn.Module):
             self.kernel_action = nn.Linear(action_dim, 128)
             cells = {"gru": nn.GRUCell, "lstm": nn.LSTMCell, "rnn": nn.RNNCell}
             self.cell = cells[rnn](256, state_dim)
+            if chrono:
+                chrono_init(self.cell, chrono)
         self.policy_hidden = nn.Linear(256 + state_dim, 256)
         self.policy_head = nn.Linear(256, 2 * action_dim + self.z_dim)
+        largest = [LOG_STD_MAX] * action_dim + [log_std_z_max] * self.z_dim
+        self.register_buffer("log_std_max", torch.tensor(largest), persistent=False)
 
     def next_state(self, obs, z, a_prev):
         """g [B, Z]: the internal state after `obs`, without noise."""
@@ -221,7 +232,7 @@ class StochasticStatefulActor(nn.Module):
         head = self.policy_head(torch.relu_(self.policy_hidden(h)))
         mean_a, log_std = head.split([self.action_dim, self.action_dim + self.z_dim], -1)
         mean_z = atanh(g) if self.kernel == "atanh" else g
-        return torch.cat([mean_a, mean_z], -1), bounded_log_std(log_std)
+        return torch.cat([mean_a, mean_z], -1), bounded_log_std(log_std, self.log_std_max)
 
     def sample(self, obs, z, a_prev):
         """Reparameterised a [B, A] and z' [B, Z], with log pi_a [B] and log pi_z [B]."""
@@ -237,9 +248,23 @@ class StochasticStatefulActor(nn.Module):
         return sample.split([self.action_dim, self.z_dim], -1)
 
 
-def bounded_log_std(x):
-    """Map the reals into (LOG_STD_MIN, LOG_STD_MAX)."""
-    return LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(x) + 1)
+def chrono_init(cell, steps):
+    """Let the gates of a GRU or an LSTM, a cell or a layer, begin with time scales up to `steps`.
+
+    Tallec and Ollivier, "Can recurrent neural networks warp time?", 2018, eq. 16: the gate that
+    keeps has the bias log U(1, steps - 1), and the one that writes, if it is another, minus that.
+    """
+    n, (bias_ih, bias_hh) = cell.hidden_size, [p for p in cell.parameters() if p.dim() == 1]
+    keep = torch.empty(n).uniform_(1, steps - 1).log()
+    with torch.no_grad():
+        bias_ih[n : 2 * n], bias_hh[n : 2 * n] = keep, 0  # z of a GRU, f of an LSTM
+        if len(bias_ih) == 4 * n:
+            bias_ih[:n], bias_hh[:n] = -keep, 0
+
+
+def bounded_log_std(x, largest=LOG_STD_MAX):
+    """Map the reals into (LOG_STD_MIN, largest), and 0 to the middle."""
+    return LOG_STD_MIN + 0.5 * (largest - LOG_STD_MIN) * (torch.tanh(x) + 1)
 
 
 def atanh(x):
@@ -456,7 +481,9 @@ class S2PGSAC:
         # a critic that is told no more than the policy gets z, in case that o is not Markov
         self.critic_sees_z = args.critic_sees_z or not privileged
         state_dim = 0 if args.memoryless else args.state_dim
-        actor = StochasticStatefulActor(obs_dim, action_dim, state_dim, args.rnn, args.kernel)
+        actor = StochasticStatefulActor(
+            obs_dim, action_dim, state_dim, args.rnn, args.kernel, args.chrono, args.log_std_z_max
+        )
         self.actor, self.z_dim = actor.to(device), actor.z_dim
         inputs = critic_dim + self.z_dim * self.critic_sees_z + action_dim + self.z_dim + action_dim
         self.critic = TwinCritic(inputs).to(device)
@@ -917,6 +944,7 @@ def check_args(args):
         gamma=(0, 1 - 1e-9), tau=(1e-9, 1), utd=(0, 1e6), actor_lr=(0, inf), critic_lr=(0, inf),
         alpha=(1e-9, inf), alpha_lr=(0, inf), alpha_z=(1e-9, inf), alpha_z_lr=(0, inf),
         target_entropy_z=(-3.5, 0.5),  # a std is at least exp(-5); uniform in [-1, 1] it is .69
+        log_std_z_max=(-4.9, 2), chrono=(0, inf),
         exploration_noise=(0, inf), exploration_noise_z=(0, inf), policy_noise=(0, inf),
         noise_clip=(0, inf), policy_frequency=(1, inf), learning_rate=(0, inf),
         num_steps=(2, inf), num_minibatches=(1, inf), update_epochs=(1, inf), gae_lambda=(0, 1),
@@ -935,6 +963,11 @@ def check_args(args):
             option = "--" + name.replace("_", "-")
             given = f" with --buffer-size {buffer_size}" if name == "learning_starts" else ""
             raise ValueError(f"{option} is {value}; it must be in [{low}, {high}]{given}")
+    chrono, largest = vars(args).get("chrono", 0), vars(args).get("log_std_z_max", inf)
+    if chrono and (chrono < 3 or args.rnn == "rnn"):
+        raise ValueError("--chrono takes 3 steps or more, and --rnn gru or lstm, which have gates")
+    if vars(args).get("target_entropy_z", -inf) > largest + 1.4:  # of a Gaussian: 1.42 + log std
+        raise ValueError(f"--target-entropy-z is out of reach with --log-std-z-max {largest}")
     if args.resume and args.evaluate:
         raise ValueError("--resume and --evaluate exclude each other")
     if args.track and not args.evaluate and importlib.util.find_spec("wandb") is None:

@@ -145,9 +145,14 @@ CLAIMS = {
     "delayed_response": Claim(
         "And if the cue is asked for at the end alone, and no action may hold it until then?",
         {
+            "S2PG-SAC": "s2pg_sac.py",
+            "S2PG-SAC, chrono, less noise": "s2pg_sac.py --chrono 32 --log-std-z-max -3 "
+            "--target-entropy-z -3",
+        }
+        | {
             label: CUE_METHODS[label]
             for label in CUE_METHODS
-            if label != "BPTT-SAC, L = 32, from zeros"
+            if label not in ("S2PG-SAC", "BPTT-SAC, L = 32, from zeros")
         },
         [
             f"{CUE} CueRecall-delayed-5-v0 --total-timesteps 10000 --eval-frequency 1000",

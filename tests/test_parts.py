@@ -11,6 +11,7 @@ from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 import bptt_sac
+import s2pg_lsiq
 import s2pg_sac
 
 OBS, CRITIC, ACTION, STATE = 5, 7, 3, 8
@@ -121,7 +122,53 @@ def test_the_log_std_stays_within_its_bounds(script):
     assert (log_std.diff() > 0).all()
 
 
+@pytest.mark.parametrize("script", [s2pg_sac, s2pg_lsiq])
+def test_the_log_std_of_the_memory_has_a_bound_of_its_own(script):
+    args = script.Args(log_std_z_max=-3.0, state_dim=STATE)
+    actor = script.Agent(args, OBS, CRITIC, ACTION, True, CPU).actor
+    for bias, a, z in ((-1e4, -5, -5), (0, -1.5, -4), (1e4, 2, -3)):
+        with torch.no_grad():
+            actor.policy_head.weight.zero_()
+            actor.policy_head.bias.fill_(bias)
+        _, log_std = actor(*inputs(actor, 3))
+        torch.testing.assert_close(log_std[:, :ACTION], torch.full((3, ACTION), float(a)))
+        torch.testing.assert_close(log_std[:, ACTION:], torch.full((3, STATE), float(z)))
+
+
 # --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rnn", ["gru", "lstm"])
+def test_with_chrono_the_gates_keep_for_up_to_so_many_steps(rnn):
+    """Without input a GRU's unit goes h -> u h, an LSTM's c -> f c + (1 - f) g."""
+    steps, n = 20, 1000
+    layer, cell = {"gru": (nn.GRU, nn.GRUCell), "lstm": (nn.LSTM, nn.LSTMCell)}[rnn]
+    for script, module in ((s2pg_sac, cell), (bptt_sac, layer)):
+        own = module(4, n)
+        before = {k: v.clone() for k, v in own.state_dict().items()}
+        script.chrono_init(own, steps)
+        bias = sum(v for k, v in own.state_dict().items() if k.startswith("bias"))
+        gates = torch.sigmoid(bias).view(-1, n)
+        scale = 1 / (1 - gates[1])  # in which a share of 1/e is left, about
+        assert 2 <= scale.min() < 2.2 and 19 < scale.max() <= 20
+        assert abs(scale.mean() - (2 + 20) / 2) < 1
+        if rnn == "lstm":
+            torch.testing.assert_close(gates[0], 1 - gates[1])
+        changed = {"gru": slice(n, 2 * n), "lstm": slice(0, 2 * n)}[rnn]
+        for name, value in own.state_dict().items():
+            same = torch.ones(len(value), dtype=torch.bool)
+            same[changed] = not name.startswith("bias")
+            assert torch.equal(value[same], before[name][same])
+
+
+@pytest.mark.parametrize("script", [s2pg_sac, s2pg_lsiq, bptt_sac])
+def test_the_gates_of_an_agent_forget_unless_chrono_is_given(script):
+    for chrono, slowest in ((0, (1.5, 2.5)), (50, (45, 50))):
+        actor = script.Agent(script.Args(chrono=chrono), OBS, CRITIC, ACTION, True, CPU).actor
+        cell = actor.layer if script is bptt_sac else actor.cell
+        bias = sum(p for p in cell.parameters() if p.dim() == 1).view(3, -1)[1]
+        low, high = slowest
+        assert low < (1 / (1 - torch.sigmoid(bias))).max() < high
 
 
 def keep_everything(cell, suffix=""):
@@ -756,7 +803,7 @@ def test_both_scripts_have_the_same_defaults_for_what_they_share():
     assert {k: ours[k] for k in shared} == {k: theirs[k] for k in shared}
     assert ours.keys() - theirs.keys() == {
         "kernel", "memoryless", "critic_sees_z", "refresh", "alpha_z", "alpha_z_lr",
-        "target_entropy_z",
+        "target_entropy_z", "log_std_z_max",
     }  # fmt: skip
     assert theirs.keys() - ours.keys() == {
         "critic_sees_h", "sequence_length", "loss_on", "burn_in", "initial_state"

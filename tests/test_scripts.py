@@ -338,6 +338,10 @@ def test_losses_that_blow_up_stop_the_run_and_spare_the_checkpoint(script, tmp_p
 
 
 BAD_OPTIONS = [
+    (bptt_sac, "--chrono 2", "--chrono takes 3 steps or more"),
+    (s2pg_sac, "--chrono 20 --rnn rnn", "--rnn gru or lstm"),
+    (s2pg_lsiq, "--log-std-z-max 3", "--log-std-z-max is 3"),
+    (s2pg_sac, "--log-std-z-max -3 --target-entropy-z -1", "--target-entropy-z is out of reach"),
     (s2pg_td3, "--policy-frequency 0", "--policy-frequency is 0"),
     (s2pg_td3, "--noise-clip -1", "--noise-clip is -1"),
     (s2pg_td3, "--buffer-size 1500", "--learning-starts"),

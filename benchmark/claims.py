@@ -192,18 +192,14 @@ CLAIMS = {
         "A slower critic, less noise on the memory of SAC: what do they gain?",
         {
             "S2PG-SAC, as published": f"s2pg_sac.py {PUBLISHED}",
-            "critic 3e-4": "s2pg_sac.py --critic-lr 3e-4 --target-entropy-z -1",
             "entropy -3Z": "s2pg_sac.py --critic-lr 1e-3 --target-entropy-z -3",
-            "critic 3e-4, entropy -3Z": "s2pg_sac.py --critic-lr 3e-4 --target-entropy-z -3",
-            "BPTT-SAC, L = 32, all rows": "bptt_sac.py --critic-lr 1e-3",
-            "BPTT-SAC, critic 3e-4": "bptt_sac.py --critic-lr 3e-4",
+            "entropy -3Z, critic 3e-4": "s2pg_sac.py --critic-lr 3e-4 --target-entropy-z -3",
         },
         [
             "--env-id InvertedPendulum-v4 --total-timesteps 30000 --eval-frequency 2500",
             "--env-id InvertedDoublePendulum-v4 --total-timesteps 25000 --eval-frequency 2500 "
             f"--eval-episodes 10 {MEDIUM}",
             "--env-id Hopper-v4 --total-timesteps 100000 --eval-frequency 5000 --eval-episodes 10",
-            f"{CUE} CueRecall-100-v0 --total-timesteps 20000 --eval-frequency 1000",
         ],
         seeds=3,
         clock=False,

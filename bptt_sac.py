@@ -170,7 +170,7 @@ TUNED = {
     "Humanoid": dict(hide="velocities", critic_lr=1e-4),
     "HumanoidStandup": dict(hide="velocities", critic_lr=1e-4),
     "InvertedDoublePendulum": dict(hide="velocities", learning_starts=1_000),
-    "InvertedPendulum": dict(hide="velocities", learning_starts=1_000, critic_lr=3e-4),
+    "InvertedPendulum": dict(hide="velocities", learning_starts=1_000),
     "Swimmer": dict(hide="velocities"),
     "Walker2d": dict(hide="velocities", critic_lr=3e-4),
 }

@@ -150,6 +150,7 @@ def collect_claim(name, args):
         if not sweep.is_done(run):
             print(f"not finished: {run.label}, {run.folder.name}")
             continue
+        sweep.check_unchanged(run)
         machine = json.loads((run.folder / "machine.json").read_text())
         rows += evaluations(sweep.run_dir(run), run, machine, run.label in claim.cloning)
     if not rows:

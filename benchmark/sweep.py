@@ -106,9 +106,24 @@ def final_args(run):
     ValueError for one that is out of range.
     """
     script = script_of(run.script)
-    args = tyro.cli(script.Args, args=run.options)
+    task = tyro.cli(script.Args, args=run.options).env_id.split("-")[0]
+    default = script.Args(**script.TUNED.get(task, {}))
+    args = tyro.cli(script.Args, args=run.options, default=default)
     script.check_args(args)
     return args
+
+
+def check_unchanged(run):
+    """ValueError if a default or `TUNED` has changed since the run was begun: it is another now."""
+    path = run_dir(run)
+    if path is not None:
+        before, now = json.loads((path / "args.json").read_text()), vars(final_args(run))
+        for name in sorted((before.keys() & now.keys()) - {"resume"}):
+            if before[name] != now[name]:
+                raise ValueError(
+                    f"{run.folder} was run with {name} {before[name]}, which is {now[name]} now; "
+                    "move that folder away"
+                )
 
 
 def run_dir(run):
@@ -292,6 +307,7 @@ def main(args: Args):
     try:
         for run in runs:
             final_args(run)  # a misspelt option is an error now, not in the night
+            check_unchanged(run)
     except ValueError as error:
         sys.exit(f"sweep.py: {error}")
     if args.cluster == "slurm" and shutil.which("srun") is None:

@@ -236,6 +236,26 @@ def test_the_untrained_policy_is_the_one_that_the_run_began_with(script, tmp_pat
     assert not all(torch.equal(value, first[k]) for k, value in trained.state_dict().items())
 
 
+def test_runs_from_before_a_change_of_the_defaults_are_not_taken_for_done(tmp_path, monkeypatch):
+    own, _ = smoke(tmp_path, seeds=(1,))
+    sweep.check_unchanged(own)  # nothing was run yet
+    run_dir = own.folder / "runs" / "a"
+    run_dir.mkdir(parents=True)
+    args = vars(sweep.final_args(own))
+    assert args["learning_starts"] == 20  # of the claim, and not of `TUNED`
+    (run_dir / "checkpoint.pt").touch()
+    (run_dir / "args.json").write_text(json.dumps(args | dict(an_option_of_old=1)))
+    sweep.check_unchanged(own)
+    monkeypatch.setitem(s2pg_sac.TUNED, "CueRecall", dict(learning_starts=1_000, critic_lr=0.5))
+    with pytest.raises(ValueError, match=r"was run with critic_lr 0.001, which is 0.5 now"):
+        sweep.check_unchanged(own)
+    monkeypatch.setattr(sweep, "is_done", lambda run: True)
+    with pytest.raises(ValueError, match="move that folder away"):
+        collect.collect_claim("smoke", collect.Args(out=str(tmp_path / "runs/sweep")))
+    with pytest.raises(SystemExit, match="move that folder away"):
+        sweep.main(sweep.Args(claims=("smoke",), out=str(tmp_path / "runs/sweep")))
+
+
 def test_policies_without_memory_and_other_folders_are_left_out(tmp_path, monkeypatch, capsys):
     _, folder = tiny_run(s2pg_sac, 5, tmp_path, monkeypatch)
     _, other = tiny_run(s2pg_sac, 5, tmp_path / "other", monkeypatch, memoryless=True)

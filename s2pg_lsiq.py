@@ -289,8 +289,8 @@ class StochasticStatefulActor(nn.Module):
 def chrono_init(cell, steps):
     """Let the gates of a GRU or an LSTM, a cell or a layer, begin with time scales up to `steps`.
 
-    Tallec and Ollivier, "Can recurrent neural networks warp time?", 2018, eq. 16: the gate that
-    keeps has the bias log U(1, steps - 1), and the one that writes, if it is another, minus that.
+    Tallec and Ollivier, "Can recurrent neural networks warp time?", ICLR 2018: the gate that keeps
+    has the bias log U(1, steps - 1), and the one that writes, if it is another, minus that.
     """
     n, (bias_ih, bias_hh) = cell.hidden_size, [p for p in cell.parameters() if p.dim() == 1]
     keep = torch.empty(n).uniform_(1, steps - 1).log()

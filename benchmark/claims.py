@@ -22,6 +22,7 @@ class Claim(NamedTuple):
 MEDIUM = "--matmul-precision medium"  # on a CPU faster for SAC, slower for PPO
 PENDULUM = f"--env-id InvertedPendulum-v4 --eval-episodes 10 {MEDIUM}"
 PUBLISHED = "--critic-lr 1e-3 --target-entropy-z -1"  # of S2PG-SAC, not those that were tuned
+LESS_NOISE = "s2pg_sac.py --chrono 32 --log-std-z-max -3 --target-entropy-z -3"
 HOPPER = f"--env-id Hopper-v4 --eval-episodes 10 {MEDIUM}"
 CUE = f"--eval-episodes 10 {MEDIUM} --env-id"
 LONG = f"--total-timesteps 200000 --eval-frequency 10000 --eval-episodes 10 {MEDIUM} --env-id"
@@ -132,7 +133,7 @@ CLAIMS = {
             f"{CUE} CueRecall-v0 --total-timesteps 15000 --eval-frequency 1000",
             f"{CUE} CueRecall-100-v0 --total-timesteps 20000 --eval-frequency 1000",
             f"{CUE} CueRecall-300-v0 --total-timesteps 40000 --eval-frequency 2000",
-            f"{CUE} CueRecall-1000-v0 --total-timesteps 80000 --eval-frequency 4000",
+            f"{CUE} CueRecall-1000-v0 --total-timesteps 40000 --eval-frequency 2000",
         ],
         seeds=3,
         threshold={
@@ -146,8 +147,7 @@ CLAIMS = {
         "And if the cue is asked for at the end alone, and no action may hold it until then?",
         {
             "S2PG-SAC": "s2pg_sac.py",
-            "S2PG-SAC, chrono, less noise": "s2pg_sac.py --chrono 32 --log-std-z-max -3 "
-            "--target-entropy-z -3",
+            "S2PG-SAC, chrono, less noise": LESS_NOISE,
         }
         | {
             label: CUE_METHODS[label]
@@ -200,6 +200,25 @@ CLAIMS = {
             "--env-id InvertedPendulum-v4 --total-timesteps 30000 --eval-frequency 2500",
             "--env-id InvertedDoublePendulum-v4 --total-timesteps 25000 --eval-frequency 2500 "
             f"--eval-episodes 10 {MEDIUM}",
+            "--env-id Hopper-v4 --total-timesteps 100000 --eval-frequency 5000 --eval-episodes 10",
+        ],
+        seeds=3,
+        clock=False,
+    ),
+    "memory_gradient": Claim(
+        "What must a memory be taught? With L = 1 it learns for the action that reads it at once, "
+        "and for nothing later.",
+        {
+            "S2PG-SAC": "s2pg_sac.py",
+            "S2PG-SAC, chrono, less noise": LESS_NOISE,
+            "BPTT-SAC, L = 1": "bptt_sac.py --sequence-length 1 --loss-on all",
+            "BPTT-SAC, L = 1, chrono": "bptt_sac.py --sequence-length 1 --loss-on all --chrono 32",
+            "BPTT-SAC, L = 32, all rows": "bptt_sac.py --sequence-length 32 --loss-on all",
+        },
+        [
+            f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500",
+            f"{CUE} CueRecall-delayed-10-v0 --total-timesteps 10000 --eval-frequency 1000",
+            f"{CUE} CueRecall-delayed-v0 --total-timesteps 15000 --eval-frequency 1000",
             "--env-id Hopper-v4 --total-timesteps 100000 --eval-frequency 5000 --eval-episodes 10",
         ],
         seeds=3,
@@ -312,3 +331,42 @@ CLAIMS = {
         clock=False,
     ),
 }
+
+
+class Line(NamedTuple):
+    """A line of the README's first table: the methods that are compared there."""
+
+    task: str
+    claim: str
+    env_id: str
+    s2pg: str
+    bptt: str | None  # there is no BPTT-TD3
+    memoryless: str
+
+
+SAC_LINE = "S2PG-SAC", "BPTT-SAC, L = 32, all rows", "memoryless SAC"
+PPO_LINE = "S2PG-PPO", "BPTT-PPO, L = 32", "memoryless PPO"
+DELAYED_LINE = "BPTT-SAC, L = the horizon", "memoryless SAC"
+OVERVIEW = [
+    Line("SAC, one pole", "hidden_velocities", "InvertedPendulum-v4", *SAC_LINE),
+    Line("SAC, two poles", "sac_and_bptt", "InvertedDoublePendulum-v4", *SAC_LINE),
+    Line(
+        "the same, velocities seen, bodies change", "random_bodies", "InvertedDoublePendulum-v4",
+        *SAC_LINE,
+    ),
+    Line("SAC, Hopper", "sac_and_bptt", "Hopper-v4", *SAC_LINE),
+    Line("SAC, a cue, to be repeated for 20 steps", "cue_recall", "CueRecall-v0", *SAC_LINE),
+    Line("the same for 100 steps", "cue_recall", "CueRecall-100-v0", *SAC_LINE),
+    Line(
+        "SAC, a cue, asked for after 20 steps", "delayed_response", "CueRecall-delayed-v0",
+        "S2PG-SAC", *DELAYED_LINE,
+    ),
+    Line(
+        "the same, S2PG with `--chrono 32` and less noise", "delayed_response",
+        "CueRecall-delayed-v0", "S2PG-SAC, chrono, less noise", *DELAYED_LINE,
+    ),
+    Line("TD3, one pole", "td3", "InvertedPendulum-v4", "S2PG-TD3", None, "memoryless TD3"),
+    Line("PPO, one pole", "ppo", "InvertedPendulum-v4", *PPO_LINE),
+    Line("PPO, HalfCheetah", "ppo_and_bptt", "HalfCheetah-v4", *PPO_LINE),
+    Line("the same, velocities seen, in a wind", "ppo_in_wind", "HalfCheetah-v4", *PPO_LINE),
+]  # fmt: skip

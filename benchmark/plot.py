@@ -1,8 +1,8 @@
-"""Every picture and every table of the README, from the CSVs in benchmark/results/.
+"""Every picture and every table of README and docs, from the CSVs in benchmark/results/.
 
     python benchmark/plot.py                       # all
     python benchmark/plot.py cue_recall td3        # some claims
-    python benchmark/plot.py --check               # is the README as the CSVs say?
+    python benchmark/plot.py --check               # are the tables as the CSVs say?
     python benchmark/plot.py --csv my.csv          # a file of collect.py --runs
 
 Curves are interquartile means over seeds with 95 % bands of a stratified bootstrap, as in Agarwal
@@ -30,7 +30,7 @@ from rliable import library as rly
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmark import variance
-from benchmark.claims import CLAIMS, Claim
+from benchmark.claims import CLAIMS, OVERVIEW, Claim
 
 
 @dataclasses.dataclass
@@ -39,10 +39,10 @@ class Args:
     """names of claims.py; by default all, the study of the variance and the tables of speed"""
     results: str = "benchmark/results"
     """folder of the CSVs and the pictures"""
-    readme: str = "README.md"
-    """file with the tables, each between a pair of marks"""
+    pages: tuple[str, ...] = ("README.md", "docs/results.md")
+    """files with the tables, each between a pair of marks"""
     check: bool = False
-    """write nothing, and fail if the README's tables are others"""
+    """write nothing, and fail if the tables there are others"""
     csv: str | None = None
     """instead of a claim: draw this file, and print its table"""
 
@@ -325,6 +325,28 @@ def table(data, claim):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def overview(results):
+    """Markdown: the lines of OVERVIEW, means over seeds of the returns at the end.
+
+    Bold is a method of which each seed ends above each seed of the others.
+    """
+    header = ["task", "steps", "S2PG", "BPTT", "no memory", "claim"]
+    lines = [header, ["---"] * len(header)]
+    for line in OVERVIEW:
+        path = results / f"{line.claim}.csv"
+        curves = read(path, CLAIMS[line.claim])[line.env_id] if path.exists() else {}
+        labels = line.s2pg, line.bptt, line.memoryless
+        ends = {label: curves[label].stochastic[:, -1] for label in labels if label in curves}
+        cells = dict.fromkeys(labels, "")
+        for label, returns in ends.items():
+            cells[label] = rounded(returns.mean())
+            if all(returns.min() > ends[other].max() for other in ends.keys() - {label}):
+                cells[label] = f"**{cells[label]}**"
+        steps = f"{curves[line.s2pg].steps[-1]:,}" if curves else ""
+        lines.append([line.task, steps, *cells.values(), f"`{line.claim}`"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def speed_table(paths):
     """Markdown of the tables of update_time.py in these files, those of two tasks side by side."""
     names, methods = [path.read_text().split()[0] for path in paths], {}
@@ -416,18 +438,21 @@ def main(args: Args):
             [results / f"update_time{algorithm}_{task}.txt" for task in ("hopper", "humanoid")]
             for algorithm in ("", "_ppo")
         )
-        tables |= {"speed": speed_table(sac), "speed of PPO": speed_table(ppo)}
-        tables["rows per second"] = rollout_table(ppo)
-        if not args.check:
+        tables["overview"] = overview(results)
+        if all(path.exists() for path in (*sac, *ppo)):
+            tables |= {"speed": speed_table(sac), "speed of PPO": speed_table(ppo)}
+            tables["rows per second"] = rollout_table(ppo)
+        if not args.check and (results / "variance.csv").exists():
             variance.redraw(results / "variance")
             print(results / "variance.png")
-    readme = ROOT / args.readme
-    before = readme.read_text()
-    after = insert(before, tables)
-    if args.check and after != before:
-        sys.exit("plot.py: the README's tables are not those of the CSVs; run benchmark/plot.py")
-    if not args.check:
-        readme.write_text(after)
+    for name in args.pages:
+        page = ROOT / name
+        before = page.read_text()
+        after = insert(before, tables)
+        if args.check and after != before:
+            sys.exit(f"plot.py: the tables of {name} are not those of the CSVs; run plot.py")
+        if not args.check:
+            page.write_text(after)
 
 
 if __name__ == "__main__":

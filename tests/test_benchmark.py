@@ -25,7 +25,7 @@ import s2pg_ppo
 import s2pg_sac
 import s2pg_td3
 from benchmark import collect, memory, plot, sweep
-from benchmark.claims import CLAIMS, Claim
+from benchmark.claims import CLAIMS, Claim, Line
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -396,7 +396,33 @@ def test_without_slurm_nothing_is_submitted_to_it(monkeypatch):
         sweep.main(sweep.Args(claims=("smoke",), cluster="slurm"))
 
 
-def test_the_tables_of_the_readme_are_those_of_the_csvs():
+def test_the_first_table_has_means_and_what_is_best_with_each_seed_in_bold(tmp_path, monkeypatch):
+    claim = Claim("", dict.fromkeys(("a", "b", "c"), ""), ["--env-id Here-v0"])
+    monkeypatch.setattr(plot, "CLAIMS", {"one": claim, "later": claim})
+    lines = [
+        Line("all three", "one", "Here-v0", "a", "b", "c"),
+        Line("two of them", "one", "Here-v0", "a", None, "c"),
+        Line("no run yet", "later", "Here-v0", "a", "b", "c"),
+    ]
+    monkeypatch.setattr(plot, "OVERVIEW", lines)
+    ends = dict(a=(20, 31), b=(10, 21), c=(5, 15))
+    header = ["env_id", "label", "seed", "step", "options", "wall_seconds"]
+    header += [f"return_{mode}" for mode in plot.MODES]
+    with open(tmp_path / "one.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for label, returns in ends.items():
+            for seed, end in enumerate(returns):
+                for step, value in ((10_000, 100), (20_000, end)):
+                    writer.writerow(["Here-v0", label, seed, step, "{}", step, value, 0])
+    assert plot.overview(tmp_path).splitlines()[2:] == [
+        "| all three | 20,000 | 25.5 | 15.5 | 10.0 | `one` |",  # 20 is not above 21
+        "| two of them | 20,000 | **25.5** |  | 10.0 | `one` |",
+        "| no run yet |  |  |  |  | `later` |",
+    ]
+
+
+def test_the_tables_of_the_pages_are_those_of_the_csvs():
     status, _, err = run("plot", "--check", cwd=ROOT)
     assert status == 0, err
 

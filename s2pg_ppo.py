@@ -21,7 +21,7 @@ With --privileged-critic V sees the state s in place of o. Its counterpart bptt_
 differentiates a recurrent policy through time, along sequences: compare the two with diff.
 
 Unlike CleanRL's PPO: ReLU and PyTorch's initialisation, advantages normalised over the rollout,
-Pop-Art in place of normalised rewards.
+Pop-Art in place of normalised rewards, values not clipped by default, --target-kl over an epoch.
 
     python s2pg_ppo.py --env-id InvertedPendulum-v4 --total-timesteps 200000
     python s2pg_ppo.py --env-id Humanoid-v4 --num-envs 8 --seed 1
@@ -632,6 +632,8 @@ def evaluate(actor, env, episodes, deterministic, seed):
                 names.append("successes")
             for i, row in enumerate(zip(*columns)):
                 rows[i].append(row)
+                if len(rows[i]) > 100_000:
+                    raise ValueError("an episode never ends; register max_episode_steps for it")
                 if final[i]:
                     played[i].append([np.array(column) for column in zip(*rows[i])])
                     rows[i] = []
@@ -685,7 +687,7 @@ def load_checkpoint(run_dir, agent):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{run_dir} holds no checkpoint.pt") from None
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged, or no checkpoint") from error
     if not isinstance(state, dict) or state.get("algorithm") != type(agent).__name__:
         raise ValueError(f"{path} is no checkpoint of {type(agent).__name__}")
@@ -874,21 +876,25 @@ def replay(args):
 
 def parse_args():
     """The command line, over the options of the run or what the task wants, over the defaults."""
-    args = tyro.cli(Args, description=__doc__)
+    asked = [option for option in sys.argv[1:] if option not in ("-h", "--help")]
+    args = tyro.cli(Args, args=asked, description=__doc__)
     run_dir = args.resume or args.evaluate
-    if run_dir is None:
-        task = args.env_id.split("-")[0]
-        return tyro.cli(Args, description=__doc__, default=Args(**TUNED.get(task, {})))
-    path = os.path.join(run_dir, "args.json")
-    try:
-        with open(path) as file:
-            defaults = Args(**json.load(file))
-            defaults.capture_video &= args.evaluate is None
-    except FileNotFoundError:
-        raise ValueError(f"{run_dir} is no run: it holds no args.json") from None
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged, or another script's ({error})") from None
-    return tyro.cli(Args, description=__doc__, default=defaults)
+    defaults = Args(**TUNED.get(args.env_id.split("-")[0], {}))
+    if run_dir is not None:
+        path = os.path.join(run_dir, "args.json")
+        try:
+            with open(path) as file:
+                defaults = Args(**json.load(file))
+                defaults.capture_video &= args.evaluate is None
+        except FileNotFoundError:
+            raise ValueError(f"{run_dir} is no run: it holds no args.json") from None
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path} is damaged, or another script's ({error})") from None
+    # of a dict that is not empty tyro makes options of their own, one for each key
+    env_kwargs, defaults.env_kwargs = defaults.env_kwargs, {}
+    args = tyro.cli(Args, description=__doc__, default=defaults)
+    args.env_kwargs = args.env_kwargs or env_kwargs
+    return args
 
 
 def check_args(args):
@@ -920,7 +926,8 @@ def check_args(args):
     )  # fmt: skip
     for name, (low, high) in limits.items():
         value = vars(args).get(name)
-        if value is not None and not low <= value <= high:
+        number = isinstance(value, int | float)
+        if value is not None and not (number and low <= value <= high):
             option = "--" + name.replace("_", "-")
             given = f" with --buffer-size {buffer_size}" if name == "learning_starts" else ""
             raise ValueError(f"{option} is {value}; it must be in [{low}, {high}]{given}")
@@ -946,7 +953,10 @@ def check_args(args):
 
 
 def main():
-    """Bad input, unusable files and losses that blow up end in one sentence and exit status 1."""
+    """Bad input, unusable files and losses that blow up end in one sentence and exit status 1.
+
+    With `python -X dev` they end in a traceback.
+    """
     try:
         args = parse_args()
         check_args(args)
@@ -956,6 +966,8 @@ def main():
         torch.backends.cudnn.deterministic = args.torch_deterministic
         replay(args) if args.evaluate else train(args)
     except (ValueError, FloatingPointError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
         sys.exit(f"{os.path.basename(__file__)}: {error}")
 
 

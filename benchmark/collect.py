@@ -131,9 +131,15 @@ def write(rows, path, add=False):
     unique = {}
     for row in rows:
         key = tuple(row[i] for i in (0, 1, 4, 5))
-        if key in unique and row[1] != "expert":
-            raise ValueError(f"two runs of {row[0]} are {row[1]}, seed {row[4]}")
-        unique[key] = row  # one expert for all seeds
+        if key in unique:
+            levels = {float(unique[key][8]), float(row[8])}
+            if row[1] != "expert":
+                raise ValueError(f"two runs of {row[0]} are {row[1]}, seed {row[4]}")
+            if len(levels) > 1:  # it is one for all seeds
+                raise ValueError(
+                    f"two experts of {row[0]}, with returns {levels}: collect them apart"
+                )
+        unique[key] = row
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -61,6 +61,8 @@ class Args:
     """folders of runs that are not of a claim"""
     csv: str = "my.csv"
     """for those; "_ablated", "_probe" and "_readout" are added to the name"""
+    add: bool = False
+    """keep the rows of other runs that the CSVs have"""
 
 
 def load(folder):
@@ -167,7 +169,16 @@ def readout(script, args, actor, fresh, episodes):
     return {name: share.mean().item() for name, share in shares.items()}
 
 
-def write(path, header, rows):
+def write(path, header, rows, add=False):
+    """A CSV of rows that begin with environment, label and seed; whole or not at all."""
+    if add and path.exists():
+        here = {tuple(row[:3]) for row in rows}
+        with open(path, newline="") as file:
+            before, *found = list(csv.reader(file)) or [[]]
+        if before != header:
+            raise ValueError(f"{path} has other columns than {', '.join(header)}")
+        found = [[int(cell) if cell.isdigit() else cell for cell in row] for row in found]
+        rows = rows + [row for row in found if tuple(row[:3]) not in here]
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -206,11 +217,13 @@ def study(runs, path, args):
     if not ablated:
         raise ValueError("none of these is a run of a policy with a memory")
     run = ["env_id", "label", "seed"]
-    write(path.with_stem(path.stem + "_ablated"), [*run, "episodes", *CHANGES], ablated)
-    if read:
-        write(path.with_stem(path.stem + "_readout"), [*run, "episodes", *READ], read)
-    if probed:
-        write(path.with_stem(path.stem + "_probe"), [*run, "trained", "step", "correct"], probed)
+    for name, header, rows in (
+        ("ablated", [*run, "episodes", *CHANGES], ablated),
+        ("readout", [*run, "episodes", *READ], read),
+        ("probe", [*run, "trained", "step", "correct"], probed),
+    ):
+        if rows:
+            write(path.with_stem(f"{path.stem}_{name}"), header, rows, args.add)
 
 
 def main(args: Args):

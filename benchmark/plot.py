@@ -285,8 +285,10 @@ def to_threshold(x, returns, threshold):
 def table(data, claim):
     """Markdown: a row for each environment and method."""
     measure, mode = claim.column.split("_")
-    many = any(len(curve.stochastic) > 3 for curves in data.values() for curve in curves.values())
-    mean, spread = ("IQM", "95 %") if many else ("mean", "range")
+    many = {len(curve.stochastic) > 3 for curves in data.values() for curve in curves.values()}
+    mean, spread = ("IQM", "95 %") if many == {True} else ("mean", "range")
+    if len(many) == 2:
+        mean, spread = "mean or, from four seeds on, IQM", "range or 95 %"
     header = ["", f"{UNITS[measure]} at the end, each seed", "noise-free"]
     header += [f"{mean} [{spread}]", f"best {mean}"]
     if claim.threshold:
@@ -334,16 +336,20 @@ def overview(results):
     lines = [header, ["---"] * len(header)]
     for line in OVERVIEW:
         path = results / f"{line.claim}.csv"
-        curves = read(path, CLAIMS[line.claim])[line.env_id] if path.exists() else {}
+        data = read(path, CLAIMS[line.claim]) if path.exists() else {}
         labels = line.s2pg, line.bptt, line.memoryless
-        ends = {label: curves[label].stochastic[:, -1] for label in labels if label in curves}
+        curves = {label: data.get(line.env_id, {}).get(label) for label in labels}
+        last = max((curve.steps[-1] for curve in curves.values() if curve), default=0)
+        ends = {k: curve.stochastic[:, -1] for k, curve in curves.items() if curve}
         cells = dict.fromkeys(labels, "")
         for label, returns in ends.items():
             cells[label] = rounded(returns.mean())
-            if all(returns.min() > ends[other].max() for other in ends.keys() - {label}):
+            others = ends.keys() - {label}
+            if others and all(returns.min() > ends[other].max() for other in others):
                 cells[label] = f"**{cells[label]}**"
-        steps = f"{curves[line.s2pg].steps[-1]:,}" if curves else ""
-        lines.append([line.task, steps, *cells.values(), f"`{line.claim}`"])
+            if curves[label].steps[-1] < last:
+                cells[label] += f" after {curves[label].steps[-1]:,}"
+        lines.append([line.task, f"{last:,}" if last else "", *cells.values(), f"`{line.claim}`"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -52,7 +52,7 @@ class Args:
     """folder of all runs"""
     cuda: bool = False
     """use a CUDA card where there is one; these are runs of their own"""
-    processes: int = len(os.sched_getaffinity(0))
+    processes: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     """runs at a time, on this machine or of the array job"""
     cluster: Literal["none", "local", "slurm"] = "none"
     """submit through submitit"""
@@ -160,8 +160,7 @@ def execute(run):
             shutil.rmtree(run.folder / "runs", ignore_errors=True)
         origin = machine(cuda="--no-cuda" not in run.options)
         if begun:
-            before = json.loads((run.folder / "machine.json").read_text())["commit"].split()
-            origin["commit"] = " ".join(dict.fromkeys([*before, origin["commit"]]))
+            origin = merged(json.loads((run.folder / "machine.json").read_text()), origin)
         (run.folder / "machine.json").write_text(json.dumps(origin, indent=2))
         options = ["--resume", str(begun)] if begun else list(run.options)
         with open(run.folder / "log.txt", "a") as log:
@@ -180,8 +179,15 @@ def execute(run):
     return "done" if status == 0 else f"ended with status {status}, see {run.folder}/log.txt"
 
 
+def merged(before, now):
+    """What two parts of a run were made with: "A + B" where it was not the same."""
+    if isinstance(now, dict):
+        return {name: merged(before[name], now[name]) for name in now}
+    return " + ".join(dict.fromkeys([*before.split(" + "), now]))
+
+
 def machine(cuda):
-    """Versions, commit and hardware, for the CSV; a run that was cut off may have more commits."""
+    """Versions, commit and hardware, for the CSV."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco")}
     command, commit = ["git", "describe", "--always", "--dirty"], ""
     if shutil.which("git"):

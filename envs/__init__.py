@@ -78,7 +78,7 @@ def make(
             # This is an error here, see below.
             warnings.filterwarnings("ignore", ".*not in the possible render_modes")
             env = gym.make(env_id, **env_kwargs)
-    except (gym.error.Error, ImportError, TypeError) as error:
+    except (gym.error.Error, ImportError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{env_id!r} cannot be made: {error}") from error
 
     modes = env.metadata.get("render_modes", [])

@@ -74,8 +74,10 @@ def policy_mask(env: gym.Env, hide: str, random_bodies: bool, wind: bool) -> np.
     """Which values of the observation the policy may see: a boolean mask with its shape, (n,).
 
     Raises:
-        ValueError: The layout of the observation is unknown and something is to be hidden.
+        ValueError: Something is to be hidden, and the layout of the observation is unknown.
     """
+    if hide == "none" and not (random_bodies or wind):
+        return np.ones(env.observation_space.shape, dtype=bool)
     parts = observation_parts(env)
     if hide != "none" and "unknown" in parts:
         raise ValueError(

@@ -93,7 +93,8 @@ def test_a_sweep_killed_at_any_time_finishes_what_is_left(tmp_path):
     assert begun and not all(map(sweep.is_done, smoke(tmp_path)))
     for folder in begun:  # as if the code had changed since
         origin = json.loads((folder / "machine.json").read_text())
-        (folder / "machine.json").write_text(json.dumps(origin | dict(commit="older")))
+        older = dict(commit="older", hardware="Another CPU 2")
+        (folder / "machine.json").write_text(json.dumps(origin | older))
 
     second = start("sweep", *options, cwd=tmp_path)
     wait_for(lambda: any(map(sweep.is_done, smoke(tmp_path))), "a finished run")
@@ -130,7 +131,10 @@ def test_a_sweep_killed_at_any_time_finishes_what_is_left(tmp_path):
             assert seconds[0] > 0 and seconds == sorted(seconds) and seconds[-1] < 100
             assert all(('"memoryless": true' in row["options"]) == ("less" in label) for row in own)
             assert all("torch=" in row["versions"] and row["hardware"] for row in own)
-    assert {row["commit"] for row in rows} >= {"older " + sweep.machine(cuda=False)["commit"]}
+    here = sweep.machine(cuda=False)
+    both = f"older + {here['commit']}", f"Another CPU 2 + {here['hardware']}"
+    assert both in {(row["commit"], row["hardware"]) for row in rows}
+    assert all(row["versions"].count("=") == 3 and "+ " not in row["versions"] for row in rows)
     status, out, err = run("plot", "--csv", "results/smoke.csv", cwd=tmp_path)
     assert status == 0, err
     assert out.count("\n| ") == 5 - 1 and "| S2PG-SAC |" in out
@@ -396,6 +400,17 @@ def test_without_slurm_nothing_is_submitted_to_it(monkeypatch):
         sweep.main(sweep.Args(claims=("smoke",), cluster="slurm"))
 
 
+def test_one_csv_has_one_expert(tmp_path):
+    def level(value):
+        return ["E-v0", "expert", "demonstrations", "{}", 0, 0, 0.0, value, value, *[""] * 5]
+
+    collect.write([level(5.0), level(5.0)], tmp_path / "a.csv")
+    collect.write([level(5.0)], tmp_path / "a.csv", add=True)
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 2
+    with pytest.raises(ValueError, match=r"two experts of E-v0, with returns .*: collect them"):
+        collect.write([level(5.0), level(6.0)], tmp_path / "a.csv")
+
+
 def test_the_first_table_has_means_and_what_is_best_with_each_seed_in_bold(tmp_path, monkeypatch):
     claim = Claim("", dict.fromkeys(("a", "b", "c"), ""), ["--env-id Here-v0"])
     monkeypatch.setattr(plot, "CLAIMS", {"one": claim, "later": claim})
@@ -403,9 +418,12 @@ def test_the_first_table_has_means_and_what_is_best_with_each_seed_in_bold(tmp_p
         Line("all three", "one", "Here-v0", "a", "b", "c"),
         Line("two of them", "one", "Here-v0", "a", None, "c"),
         Line("no run yet", "later", "Here-v0", "a", "b", "c"),
+        Line("not of this task", "one", "There-v0", "a", "b", "c"),
+        Line("one is shorter", "one", "Here-v0", "d", "b", "c"),
+        Line("one alone", "one", "Here-v0", "e", "f", "c2"),
     ]
     monkeypatch.setattr(plot, "OVERVIEW", lines)
-    ends = dict(a=(20, 31), b=(10, 21), c=(5, 15))
+    ends = dict(a=(20, 31), b=(10, 21), c=(5, 15), d=(90, 92), e=(7, 9))
     header = ["env_id", "label", "seed", "step", "options", "wall_seconds"]
     header += [f"return_{mode}" for mode in plot.MODES]
     with open(tmp_path / "one.csv", "w", newline="") as file:
@@ -413,12 +431,15 @@ def test_the_first_table_has_means_and_what_is_best_with_each_seed_in_bold(tmp_p
         writer.writerow(header)
         for label, returns in ends.items():
             for seed, end in enumerate(returns):
-                for step, value in ((10_000, 100), (20_000, end)):
+                for step, value in ((10_000, 100), (20_000, end))[: 1 if label == "d" else 2]:
                     writer.writerow(["Here-v0", label, seed, step, "{}", step, value, 0])
     assert plot.overview(tmp_path).splitlines()[2:] == [
         "| all three | 20,000 | 25.5 | 15.5 | 10.0 | `one` |",  # 20 is not above 21
         "| two of them | 20,000 | **25.5** |  | 10.0 | `one` |",
         "| no run yet |  |  |  |  | `later` |",
+        "| not of this task |  |  |  |  | `one` |",
+        "| one is shorter | 20,000 | **100** after 10,000 | 15.5 | 10.0 | `one` |",
+        "| one alone | 20,000 | 8.0 |  |  | `one` |",
     ]
 
 
@@ -434,7 +455,12 @@ def test_what_memory_py_writes_becomes_a_table_and_a_picture(tmp_path):
     runs = [[env_id, label, seed] for env_id in env_ids for label in labels for seed in (1, 2, 10)]
     returns = [[*run, 40, 10.04, 200.6, -1, run[2]] for run in runs]
     header = ["env_id", "label", "seed"]
-    memory.write(tmp_path / "a.csv", [*header, "episodes", *memory.CHANGES], returns)
+    header_a = [*header, "episodes", *memory.CHANGES]
+    memory.write(tmp_path / "a.csv", header_a, [[*run, 40, 0, 0, 0, 0] for run in runs[:7]])
+    memory.write(tmp_path / "a.csv", header_a, returns[4:], add=True)
+    memory.write(tmp_path / "a.csv", header_a, returns[:4], add=True)
+    with pytest.raises(ValueError, match=r"a\.csv has other columns than env_id"):
+        memory.write(tmp_path / "a.csv", header, [], add=True)
     assert plot.memory_table(plot.rows_of(tmp_path / "a.csv", claim)).splitlines() == [
         "|  | as it is | a_prev = 0 | -a_prev | z = 0 |", "| --- | --- | --- | --- | --- |",
         *(

@@ -963,7 +963,17 @@ for name, action in {
     "MatrixAction": spaces.Box(-1, 1, (2, 2)),
 }.items():
     gym.register(f"{name}-v0", Own, kwargs={"observation": box, "action": action})
-for robot in (Robot, Structured, Wrong, OnlyPositions):
+class Longer(HopperEnv):  # than Gymnasium's
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.observation_structure = {"qpos": 5, "qvel": 6}
+        self.observation_space = spaces.Box(-np.inf, np.inf, (12,), np.float64)
+
+    def _get_obs(self):
+        return np.append(super()._get_obs(), self.data.time)
+
+
+for robot in (Robot, Structured, Wrong, OnlyPositions, Longer):
     gym.register(f"{robot.__name__}-v0", robot, max_episode_steps=5)
 """
 
@@ -1002,6 +1012,7 @@ def test_own_robot():
     check_env(env, skip_render_check=True)
     assert sizes(env) == (5, 15)
     assert sizes(envs.make("own_tasks:Robot-v0", random_bodies=True)) == (11, 15)
+    assert sizes(envs.make("own_tasks:Longer-v0")) == (12, 12)
 
 
 @pytest.mark.parametrize(
@@ -1024,6 +1035,8 @@ def test_own_robot():
         ("Pendulum-v1", {"hide": "positions"}, "hide='positions' needs.*Ant, HalfCheetah"),
         ("own_tasks:Robot-v0", {"hide": "velocities"}, "'Robot-v0' is not.*observation_structure"),
         ("own_tasks:Wrong-v0", {"hide": "velocities"}, "has 11 values, not those of"),
+        ("own_tasks:Longer-v0", {"wind": True}, "has 12 values, not those of"),
+        ("Hopper-v5", {"frame_skip": 0}, "'Hopper-v5' cannot be made"),
         ("own_tasks:OnlyPositions-v0", {"hide": "positions"}, "What the policy sees is a 1-D Box"),
         ("Swimmer-v4", {"wind": True}, "wind is for Ant, .*Walker2d, and not for 'Swimmer-v4'"),
         ("Pendulum-v1", {"wind": True}, "wind is for Ant"),

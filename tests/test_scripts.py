@@ -410,7 +410,7 @@ def test_tracking_without_wandb_is_answered_in_a_sentence(monkeypatch):
     s2pg_sac.check_args(s2pg_sac.Args(track=True, evaluate="runs/RUN"))  # nothing is tracked there
 
 
-DAMAGE = ["cut", "foreign", "text", "missing", "shapes", "args", "buffer"]
+DAMAGE = ["cut", "foreign", "text", "torn", "missing", "shapes", "args", "seed", "buffer"]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -426,12 +426,16 @@ def test_an_unusable_run_is_a_clear_error(damage, tmp_path, monkeypatch):
         torch.save({"model": torch.zeros(3)}, checkpoint)
     elif damage == "text":
         checkpoint.write_text("not a checkpoint")
+    elif damage == "torn":
+        checkpoint.write_text("torn")  # pickle pops from an empty list
     elif damage == "missing":
         checkpoint.unlink()
     elif damage == "shapes":
         options += ["--state-dim", "7"]
     elif damage == "args":
         (run_dir / "args.json").write_text('{"sequence_length": 3}')
+    elif damage == "seed":
+        (run_dir / "args.json").write_text('{"seed": "one"}')
     elif damage == "buffer":
         options += ["--buffer-size", "500"]
     before = {path: path.read_bytes() for path in run_dir.iterdir()}
@@ -460,7 +464,7 @@ OPTIONS = {
     ],
     s2pg_ppo: MEMORY + [
         dict(privileged_critic=True), dict(anneal_lr=False), dict(norm_adv=False),
-        dict(clip_vloss=False, ent_coef=0.1), dict(target_kl=0.0), dict(num_steps=2),
+        dict(clip_vloss=True, ent_coef=0.1), dict(target_kl=0.0), dict(num_steps=2),
         dict(num_minibatches=100), dict(num_steps=1000),
     ],
     bptt_ppo: [
@@ -659,6 +663,36 @@ def test_tuned_options_come_between_the_defaults_and_the_command_line(script, mo
     assert parse("--env-id", "CueRecall-100-v0").hide == "none"
     args = parse("--env-kwargs", "horizon", "7", "sparse", "True", "scale", "0.5")
     assert args.env_kwargs == dict(horizon=7, sparse=True, scale=0.5)
+
+
+@each(*OFF_POLICY, *ON_POLICY)
+def test_options_beside_a_run_replace_its_own(script, tmp_path, monkeypatch, capsys):
+    def parse(*options):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *options])
+        return script.parse_args()
+
+    own = dict(env_id="CueRecall-v0", env_kwargs=dict(horizon=5), gamma=0.9, hide="none")
+    (tmp_path / "args.json").write_text(json.dumps(own))
+    for option in ("--resume", "--evaluate"):
+        args = parse(option, str(tmp_path))
+        assert {k: getattr(args, k) for k in own} == own
+        args = parse(option, str(tmp_path), "--gamma", "0.8", "--env-kwargs", "horizon", "7")
+        assert {k: getattr(args, k) for k in own} == own | dict(
+            gamma=0.8, env_kwargs={"horizon": 7}
+        )
+
+    for options, default in [
+        (["--env-id", "InvertedPendulum-v4"], "hide velocities"),
+        (["--env-id", "CueRecall-v0"], "hide none"),
+        (["--resume", str(tmp_path)], "gamma 0.9"),
+    ]:  # --help has the defaults of the task, or of the run
+        with pytest.raises(SystemExit) as exit_info:
+            parse(*options, "--help")
+        words = capsys.readouterr().out.replace("\u2502", " ").split()
+        name, value = default.split()
+        after = words.index(f"--{name}")
+        assert exit_info.value.code == 0
+        assert f"(default: {value})" in " ".join(words[after : after + 60])
 
 
 class Recorder(torch.nn.Module):
@@ -886,6 +920,27 @@ def test_a_script_alone_trains_with_an_environment_in_the_place_of_ours(tmp_path
     assert set(scalars(only_run(tmp_path), "charts/episodic_return")[1]) == {7.0}
 
 
+def test_an_episode_that_never_ends_is_answered_in_a_sentence():
+    class Endless:
+        num_envs = 1
+
+        def reset(self, seed):
+            return dict(policy=zeros, critic=zeros), {}
+
+        def step(self, action):
+            return dict(policy=zeros, critic=zeros), [0.0], over, over, {}
+
+        def get_attr(self, name):
+            space = types.SimpleNamespace(low=-1.0, high=1.0)
+            return [types.SimpleNamespace(action_space=space)]
+
+    zeros, over = np.zeros((1, 1), np.float32), np.zeros(1, dtype=bool)
+    actor = Recorder()
+    actor.act = lambda obs, z, a_prev, deterministic: (a_prev, z)
+    with pytest.raises(ValueError, match="never ends; register max_episode_steps"):
+        s2pg_sac.evaluate(actor, Endless(), 1, True, 0)
+
+
 def test_your_own_environment_trains(tmp_path):
     """`module:Id-v0`, a plain Box observation: the critic sees the same, and z."""
     (tmp_path / "my_robot.py").write_text(
@@ -902,7 +957,11 @@ def test_your_own_environment_trains(tmp_path):
         "        assert self.action_space.contains(action)\n"
         "        self.t += 1\n"
         "        return np.zeros(3, np.float32), 1.0, False, self.t == 7, {}\n"
+        "class Faulty(Robot):\n"
+        "    def step(self, action):\n"
+        "        return np.zeros(3) + np.zeros(2), 1.0, False, False, {}\n"
         "gym.register('Robot-v0', entry_point=Robot)\n"
+        "gym.register('Faulty-v0', entry_point=Faulty, disable_env_checker=True)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(ROOT / "s2pg_sac.py"), "--env-id", "my_robot:Robot-v0"]
@@ -910,3 +969,14 @@ def test_your_own_environment_trains(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert set(scalars(only_run(tmp_path), "charts/episodic_return")[1]) == {7.0}
+
+    command[3] = "my_robot:Faulty-v0"
+    for dev_mode in (False, True):
+        options = ["-X", "dev", "-W", "ignore"] if dev_mode else []
+        result = subprocess.run(
+            [command[0], *options, *command[1:]], cwd=tmp_path, env=environment,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert result.returncode == 1
+        assert "could not be broadcast" in result.stderr.splitlines()[-1]
+        assert ("my_robot.py" in result.stderr) == dev_mode

@@ -214,6 +214,7 @@ CLAIMS = {
             "BPTT-SAC, L = 1": "bptt_sac.py --sequence-length 1 --loss-on all",
             "BPTT-SAC, L = 1, chrono": "bptt_sac.py --sequence-length 1 --loss-on all --chrono 32",
             "BPTT-SAC, L = 32, all rows": "bptt_sac.py --sequence-length 32 --loss-on all",
+            "memoryless SAC": "s2pg_sac.py --memoryless",
         },
         [
             f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500",
@@ -348,25 +349,30 @@ class Line(NamedTuple):
 
 
 SAC_LINE = "S2PG-SAC", "BPTT-SAC, L = 32, all rows", "memoryless SAC"
+UNTAUGHT = "S2PG-SAC", "BPTT-SAC, L = 1", "memoryless SAC"
 PPO_LINE = "S2PG-PPO", "BPTT-PPO, L = 32", "memoryless PPO"
-DELAYED_LINE = "BPTT-SAC, L = the horizon", "memoryless SAC"
 OVERVIEW = [
     Line("SAC, one pole", "hidden_velocities", "InvertedPendulum-v4", *SAC_LINE),
+    Line("the same, BPTT with L = 1", "memory_gradient", "InvertedPendulum-v4", *UNTAUGHT),
     Line("SAC, two poles", "sac_and_bptt", "InvertedDoublePendulum-v4", *SAC_LINE),
+    Line("the same, BPTT with L = 1", "memory_gradient", "InvertedDoublePendulum-v4", *UNTAUGHT),
     Line(
-        "the same, velocities seen, bodies change", "random_bodies", "InvertedDoublePendulum-v4",
-        *SAC_LINE,
+        "SAC, two poles, velocities seen, bodies change", "random_bodies",
+        "InvertedDoublePendulum-v4", *SAC_LINE,
     ),
     Line("SAC, Hopper", "sac_and_bptt", "Hopper-v4", *SAC_LINE),
+    Line("the same, BPTT with L = 1", "memory_gradient", "Hopper-v4", *UNTAUGHT),
     Line("SAC, a cue, to be repeated for 20 steps", "cue_recall", "CueRecall-v0", *SAC_LINE),
     Line("the same for 100 steps", "cue_recall", "CueRecall-100-v0", *SAC_LINE),
     Line(
-        "SAC, a cue, asked for after 20 steps", "delayed_response", "CueRecall-delayed-v0",
-        "S2PG-SAC", *DELAYED_LINE,
+        "SAC, a cue, asked for after 20 steps, BPTT with L = 20", "delayed_response",
+        "CueRecall-delayed-v0", "S2PG-SAC", "BPTT-SAC, L = the horizon", "memoryless SAC",
     ),
+    Line("the same, BPTT with L = 1", "memory_gradient", "CueRecall-delayed-v0", *UNTAUGHT),
     Line(
-        "the same, S2PG with `--chrono 32` and less noise", "delayed_response",
-        "CueRecall-delayed-v0", "S2PG-SAC, chrono, less noise", *DELAYED_LINE,
+        "the same, both with `--chrono 32`, S2PG with less noise", "memory_gradient",
+        "CueRecall-delayed-v0", "S2PG-SAC, chrono, less noise", "BPTT-SAC, L = 1, chrono",
+        "memoryless SAC",
     ),
     Line("TD3, one pole", "td3", "InvertedPendulum-v4", "S2PG-TD3", None, "memoryless TD3"),
     Line("PPO, one pole", "ppo", "InvertedPendulum-v4", *PPO_LINE),

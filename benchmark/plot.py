@@ -121,7 +121,8 @@ def ordered(labels, claim):
 def color_of(label):
     """Blue is S2PG, red and orange BPTT, grey what has no memory, black what is no competitor."""
     own = {
-        "S2PG-SAC, no privileged critic": "#17becf",
+        "S2PG-SAC, no privileged critic": "#17becf", "S2PG-SAC, chrono, less noise": "#17becf",
+        "BPTT-SAC, L = 1": "#ff7f0e", "BPTT-SAC, L = 1, chrono": "#8c564b",
         "S2PG-PPO, memory std .2": "#17becf", "S2PG-PPO, memory std .5": "#6a3d9a",
         "BPTT-SAC, L = 5, last row": "#ff7f0e", "BPTT-SAC, L = 5, all rows": "#ff7f0e",
         "BPTT-SAC, L = 32, last row": "#8c564b", "BPTT-SAC, L = the horizon": "#8c564b",
@@ -157,18 +158,25 @@ def title_of(env_id, claim):
 def draw(data, claim, path):
     """Panels for each environment: the return against steps, and against minutes (medians).
 
-    They stand below each other, and next to each other where there is one environment alone.
+    They stand below each other, and next to each other where there is one environment alone. Of
+    more than four environments without a clock three stand in a row.
     """
     rows, columns = (2 if claim.clock else 1), len(data)
     if columns == 1:
         rows, columns = columns, rows
+    elif rows == 1 and columns > 4:
+        rows, columns = math.ceil(columns / 3), 3
     figure, panels = plt.subplots(
         rows, columns, figsize=(5.2 * columns, 3.4 * rows), squeeze=False, layout="constrained"
     )
     labels = ordered({label: None for env in data.values() for label in env}, claim)
     colors = colors_of(labels)
     handles, (measure, mode) = {}, claim.column.split("_")
-    for column, (env_id, curves) in zip(panels if len(data) == 1 else panels.T, data.items()):
+    # the panels of each environment
+    groups = panels if len(data) == 1 else panels.T if claim.clock else panels.reshape(-1, 1)
+    for unused in groups[len(data) :]:
+        unused[0].set_visible(False)
+    for column, (env_id, curves) in zip(groups, data.items()):
         for panel in column:
             panel.set_title(title_of(env_id, claim))
         for label in ordered(curves, claim):

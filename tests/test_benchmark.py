@@ -703,3 +703,8 @@ def test_a_picture_has_a_curve_for_each_method_and_clock(tmp_path, monkeypatch):
     axes.clear()
     plot.draw({"A-v0": both}, claim._replace(clock=False), tmp_path / "b.png")
     assert [len(panel.lines) for panel in axes] == [2]
+    axes.clear()
+    five = {f"{name}-v0": both for name in "ABCDE"}
+    plot.draw(five, claim._replace(clock=False), tmp_path / "c.png")
+    assert [panel.get_title() for panel in axes if panel.get_visible()] == list(five)
+    assert axes[0].get_position().y0 > axes[3].get_position().y1  # three in a row

@@ -100,7 +100,7 @@ class Args:
     critic_sees_h: bool = False
     """give h to a privileged critic too"""
     sequence_length: int = 32
-    """rows L that gradients flow through"""
+    """rows L that gradients flow through; with 1 there is none through time"""
     loss_on: Literal["last", "all", "all-uniform"] = "all"
     """rows of a sequence with a loss: "last" takes batch_size sequences (as published), "all" takes
     batch_size / sequence_length, so that neither sees more than batch_size transitions (unless a

@@ -102,6 +102,7 @@ CLAIMS = {
         "PPO with hidden velocities: what does training without sequences gain?",
         {
             "S2PG-PPO": "s2pg_ppo.py",
+            "BPTT-PPO, L = 1": "bptt_ppo.py --sequence-length 1",
             "BPTT-PPO, L = 32": "bptt_ppo.py",
             "memoryless PPO": "s2pg_ppo.py --memoryless",
         },
@@ -266,6 +267,7 @@ CLAIMS = {
         "The same with PPO.",
         {
             "S2PG-PPO": "s2pg_ppo.py",
+            "BPTT-PPO, L = 1": "bptt_ppo.py --sequence-length 1",
             "BPTT-PPO, L = 32": "bptt_ppo.py",
             "memoryless PPO": "s2pg_ppo.py --memoryless",
         },

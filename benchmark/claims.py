@@ -353,6 +353,7 @@ class Line(NamedTuple):
 SAC_LINE = "S2PG-SAC", "BPTT-SAC, L = 32, all rows", "memoryless SAC"
 UNTAUGHT = "S2PG-SAC", "BPTT-SAC, L = 1", "memoryless SAC"
 PPO_LINE = "S2PG-PPO", "BPTT-PPO, L = 32", "memoryless PPO"
+UNTAUGHT_PPO = "S2PG-PPO", "BPTT-PPO, L = 1", "memoryless PPO"
 OVERVIEW = [
     Line("SAC, one pole", "hidden_velocities", "InvertedPendulum-v4", *SAC_LINE),
     Line("the same, BPTT with L = 1", "memory_gradient", "InvertedPendulum-v4", *UNTAUGHT),
@@ -378,6 +379,8 @@ OVERVIEW = [
     ),
     Line("TD3, one pole", "td3", "InvertedPendulum-v4", "S2PG-TD3", None, "memoryless TD3"),
     Line("PPO, one pole", "ppo", "InvertedPendulum-v4", *PPO_LINE),
+    Line("the same, BPTT with L = 1", "ppo", "InvertedPendulum-v4", *UNTAUGHT_PPO),
     Line("PPO, HalfCheetah", "ppo_and_bptt", "HalfCheetah-v4", *PPO_LINE),
-    Line("the same, velocities seen, in a wind", "ppo_in_wind", "HalfCheetah-v4", *PPO_LINE),
+    Line("the same, BPTT with L = 1", "ppo_and_bptt", "HalfCheetah-v4", *UNTAUGHT_PPO),
+    Line("PPO, HalfCheetah, velocities seen, in a wind", "ppo_in_wind", "HalfCheetah-v4", *PPO_LINE),
 ]  # fmt: skip

@@ -382,5 +382,5 @@ OVERVIEW = [
     Line("the same, BPTT with L = 1", "ppo", "InvertedPendulum-v4", *UNTAUGHT_PPO),
     Line("PPO, HalfCheetah", "ppo_and_bptt", "HalfCheetah-v4", *PPO_LINE),
     Line("the same, BPTT with L = 1", "ppo_and_bptt", "HalfCheetah-v4", *UNTAUGHT_PPO),
-    Line("PPO, HalfCheetah, velocities seen, in a wind", "ppo_in_wind", "HalfCheetah-v4", *PPO_LINE),
+    Line("the same, velocities seen, in a wind", "ppo_in_wind", "HalfCheetah-v4", *PPO_LINE),
 ]  # fmt: skip

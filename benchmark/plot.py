@@ -294,7 +294,8 @@ def to_threshold(x, returns, threshold):
 def table(data, claim):
     """Markdown: a row for each environment and method."""
     measure, mode = claim.column.split("_")
-    many = {len(curve.stochastic) > 3 for curves in data.values() for curve in curves.values()}
+    curves = [curve for curves in data.values() for curve in curves.values()]
+    many = {len(curve.stochastic) > 3 for curve in curves if curve.steps[-1] > 0}
     mean, spread = ("IQM", "95 %") if many == {True} else ("mean", "range")
     if len(many) == 2:
         mean, spread = "mean or, from four seeds on, IQM", "range or 95 %"

@@ -429,6 +429,9 @@ def main(args: Args):
     unknown = set(args.claims) - set(CLAIMS)
     if unknown:
         sys.exit(f"plot.py: no claim {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
+    for name in args.pages:
+        if not (ROOT / name).exists():
+            sys.exit(f"plot.py: there is no page {name}")
     tables = {}
     for name in args.claims or CLAIMS:
         path = results / f"{name}.csv"

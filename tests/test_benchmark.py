@@ -386,6 +386,7 @@ def test_a_run_that_fails_fails_the_sweep(tmp_path):
         ("plot", ["--csv", "nothing.csv"], "nothing.csv"),
         ("plot", ["--csv", str(ROOT / "requirements.txt")], "is no CSV of collect.py"),
         ("plot", ["smok"], "no claim smok"),
+        ("plot", ["td3", "--pages", "nowhere.md"], "no page nowhere.md"),
     ],
 )
 def test_bad_input_is_one_sentence(name, options, message, tmp_path):

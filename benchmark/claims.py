@@ -74,7 +74,7 @@ CLAIMS = {
             "--env-id InvertedDoublePendulum-v4 --total-timesteps 25000 --eval-frequency 2500 "
             f"--eval-episodes 10 {MEDIUM}",
             "--env-id Hopper-v4 --total-timesteps 100000 --eval-frequency 5000 --eval-episodes 10",
-            "--env-id HalfCheetah-v4 --total-timesteps 50000 --eval-frequency 5000 "
+            "--env-id HalfCheetah-v4 --total-timesteps 40000 --eval-frequency 5000 "
             "--eval-episodes 10",
         ],
         threshold={

@@ -1,9 +1,9 @@
 """What is for CUDA: graphs, compiled losses, copies to the device.
 
-Graphs are emulated on the CPU: a capture records the operations and the tensors they work on, a
-replay repeats them in the same memory and runs no Python. So these tests see what a graph would
-get wrong: a branch on the host, a number read from the device, a tensor that is not the same one
-in each call. Those at the end need a card, and show that it does the same.
+Graphs are emulated on the CPU (recording.py), and whole runs on a card that is none
+(emulated_card.py). So these tests see what a card would refuse and what a graph would get wrong: an
+operand on the host, a branch on it, a number read from the device, a tensor that is not the same
+one in each call. Those at the end need a card, and show that it does the same.
 """
 
 import contextlib
@@ -13,8 +13,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from recording import NoStream, Recording
 
 import bptt_ppo
 import bptt_sac
@@ -31,45 +30,6 @@ SIZES = 3, 5, 2  # of o, s and a
 
 def each(*scripts):
     return pytest.mark.parametrize("script", scripts, ids=lambda script: script.__name__)
-
-
-class Recording(TorchDispatchMode):
-    """Stands for a CUDA graph: records what runs under it, and repeats it."""
-
-    # a number for the host, a shape that depends on values, a tensor of numbers of the host
-    waiting = "_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "lift_fresh_copy"
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.replays = [], 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        index = tree_leaves(args[1]) if name.startswith("index") else []
-        masks = [i for i in index if torch.is_tensor(i) and i.dtype == torch.bool]
-        if name in self.waiting or masks:
-            raise RuntimeError(f"{function} waits for the device, which a capture does not allow")
-        result = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, result))
-        return result
-
-    def replay(self):
-        self.replays += 1
-        if self.replays == 1:  # a capture on CUDA runs nothing, this one did
-            return
-        with torch.no_grad():
-            for function, args, kwargs, result in self.calls:
-                fresh = function(*args, **kwargs)
-                for old, new in zip(tree_leaves(result), tree_leaves(fresh)):
-                    if torch.is_tensor(old) and old is not new:
-                        same = old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
-                        if not same:  # neither written in place nor a view
-                            old.copy_(new)
-
-
-class NoStream:
-    def wait_stream(self, stream):
-        pass
 
 
 @pytest.fixture

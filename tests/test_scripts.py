@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._pytree import tree_leaves
 
 import bptt_ppo
 import bptt_sac
@@ -76,16 +77,18 @@ def record(env_id, episodes=2, **options):
 STEP_COLUMNS = "actions", "rewards", "terminations", "truncations"
 
 
-def start(script, *options, cwd):
-    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *map(str, options)]
+def start(script, *options, cwd, on_card=False):
+    emulation = [str(ROOT / "tests" / "emulated_card.py")] if on_card else []
+    path = str(ROOT / f"{script.__name__}.py")
+    command = [sys.executable, *emulation, path, *map(str, options)]
     return subprocess.Popen(
         command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
-def run(script, *options, cwd):
+def run(script, *options, cwd, on_card=False):
     """Run a script to its end; returns exit status, standard output, standard error."""
-    process = start(script, *options, cwd=cwd)
+    process = start(script, *options, cwd=cwd, on_card=on_card)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
@@ -980,3 +983,42 @@ def test_your_own_environment_trains(tmp_path):
         assert result.returncode == 1
         assert "could not be broadcast" in result.stderr.splitlines()[-1]
         assert ("my_robot.py" in result.stderr) == dev_mode
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card, and none to emulate")
+@each(*OFF_POLICY, *ON_POLICY)
+def test_a_run_on_a_card_is_the_run_on_the_cpu(script, tmp_path, monkeypatch):
+    """Begun, stopped and resumed, with graphs; and the host waits for the card where it has to."""
+    monkeypatch.setenv("WAITS", "waits.json")
+    off_policy = script in OFF_POLICY
+    options = [*quick_options(script), "--total-timesteps", 40]
+    options += ["--save-buffer"] if off_policy else []
+    states = {}
+    for place in ("cpu", "card"):
+        cwd, on_card = tmp_path / place, place == "card"
+        cwd.mkdir()
+        more = ["--cudagraphs"] if on_card else []
+        status, _, err = run(script, *options, *more, cwd=cwd, on_card=on_card)
+        assert status == 0, err
+        (path,) = cwd.glob("runs/*")
+        states[place] = [torch.load(path / "checkpoint.pt", weights_only=True)]
+        if on_card:
+            waits = json.loads((cwd / "waits.json").read_text())
+        more = ["--resume", path, "--total-timesteps", 60]
+        status, _, err = run(script, *more, cwd=cwd, on_card=on_card)
+        assert status == 0, err
+        states[place].append(torch.load(path / "checkpoint.pt", weights_only=True))
+    for cpu, card in zip(*states.values()):
+        compared = 0
+        for name in cpu.keys() - {"seconds"}:
+            for one, other in zip(tree_leaves(cpu[name]), tree_leaves(card[name])):
+                if torch.is_tensor(one):
+                    assert torch.equal(one, other), name
+                    compared += 1
+        assert compared > 30
+    if off_policy:  # to learn what to do, once a row; there is nothing to log in so few steps
+        rows = int(states["cpu"][0]["buffer"]["counters"][3])
+        assert waits.pop("train") == rows
+        assert not waits.keys() - {"make_expert_buffer", "evaluate", "check_finite"}
+    else:
+        assert not waits.keys() & {"learn", "act", "add", "Graphed"}

@@ -291,8 +291,11 @@ def chrono_init(cell, steps):
 
     Tallec and Ollivier, "Can recurrent neural networks warp time?", ICLR 2018: the gate that keeps
     has the bias log U(1, steps - 1), and the one that writes, if it is another, minus that.
+    ValueError for less than 3 steps, and for a cell without gates.
     """
     n, (bias_ih, bias_hh) = cell.hidden_size, [p for p in cell.parameters() if p.dim() == 1]
+    if steps < 3 or len(bias_ih) == n:
+        raise ValueError("--chrono takes 3 steps or more, and --rnn gru or lstm, which have gates")
     keep = torch.empty(n).uniform_(1, steps - 1).log()
     with torch.no_grad():
         bias_ih[n : 2 * n], bias_hh[n : 2 * n] = keep, 0  # z of a GRU, f of an LSTM
@@ -1122,45 +1125,35 @@ def parse_args():
     return args
 
 
-def check_args(args):
-    """ValueError for an option that is out of range, or makes no sense beside another.
-
-    One table for the options of all scripts.
-    """
-    inf, buffer_size = math.inf, vars(args).get("buffer_size", 2**62)
-    limits = dict(
-        seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf), state_dim=(1, inf),
-        sequence_length=(1, inf), burn_in=(0, inf), buffer_size=(6 * args.num_envs, inf),
-        # episodes of a single step fill two rows, one of them a transition
-        learning_starts=(1, buffer_size // 2 - 2 * args.num_envs), batch_size=(1, inf),
-        gamma=(0, 1 - 1e-9), tau=(1e-9, 1), utd=(0, 1e6), actor_lr=(0, inf), critic_lr=(0, inf),
-        alpha=(1e-9, inf), alpha_lr=(0, inf), alpha_z=(1e-9, inf), alpha_z_lr=(0, inf),
-        target_entropy_z=(-3.5, 0.5),  # a std is at least exp(-5); uniform in [-1, 1] it is .69
-        log_std_z_max=(-4.9, 2), chrono=(0, inf),
-        exploration_noise=(0, inf), exploration_noise_z=(0, inf), policy_noise=(0, inf),
-        noise_clip=(0, inf), policy_frequency=(1, inf), learning_rate=(0, inf),
-        num_steps=(2, inf), num_minibatches=(1, inf), update_epochs=(1, inf), gae_lambda=(0, 1),
-        clip_coef=(1e-9, inf), ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf),
-        target_kl=(0, inf), std=(1e-9, inf), std_z=(1e-9, inf),
+def limits(args):
+    """The least and the largest value of each number among `args`, and what else they depend on."""
+    inf = math.inf
+    return dict(
+        seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf),
         demonstration_episodes=(1, inf), bc_steps=(0, inf), bc_batch_size=(1, inf),
-        bc_sequence_length=(1, inf), bc_lr=(0, inf), discriminator_lr=(0, inf),
-        discriminator_frequency=(1, inf), discriminator_steps=(1, inf),
-        discriminator_entropy=(0, inf), regularizer=(1e-9, inf),
+        bc_sequence_length=(1, inf), bc_lr=(0, inf), regularizer=(1e-9, inf),
+        state_dim=(1, inf), chrono=(0, inf),
+        buffer_size=(6 * args.num_envs, inf), gamma=(0, 1 - 1e-9), tau=(1e-9, 1),
+        batch_size=(1, inf),
+        # episodes of a single step fill two rows, one of them a transition
+        learning_starts=(1, args.buffer_size // 2 - 2 * args.num_envs, "buffer_size"),
+        utd=(0, 1e6), actor_lr=(0, inf), critic_lr=(0, inf), alpha=(1e-9, inf), alpha_lr=(0, inf),
+        alpha_z=(1e-9, inf), alpha_z_lr=(0, inf), log_std_z_max=(-4.9, 2),
+        # a std is at least exp(-5); a Gaussian's entropy is 1.42 + log std, a uniform one's .69
+        target_entropy_z=(-3.5, min(0.5, args.log_std_z_max + 1.4), "log_std_z_max"),
         checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
         num_threads=(1, inf),
     )  # fmt: skip
-    for name, (low, high) in limits.items():
-        value = vars(args).get(name)
-        number = isinstance(value, int | float)
-        if value is not None and not (number and low <= value <= high):
+
+
+def check_args(args):
+    """ValueError for an option that is out of range, or makes no sense beside another."""
+    for name, (low, high, *others) in limits(args).items():
+        value = getattr(args, name)
+        if value is not None and not (isinstance(value, int | float) and low <= value <= high):
             option = "--" + name.replace("_", "-")
-            given = f" with --buffer-size {buffer_size}" if name == "learning_starts" else ""
+            given = "".join(f" with --{n.replace('_', '-')} {getattr(args, n)}" for n in others)
             raise ValueError(f"{option} is {value}; it must be in [{low}, {high}]{given}")
-    chrono, largest = vars(args).get("chrono", 0), vars(args).get("log_std_z_max", inf)
-    if chrono and (chrono < 3 or args.rnn == "rnn"):
-        raise ValueError("--chrono takes 3 steps or more, and --rnn gru or lstm, which have gates")
-    if vars(args).get("target_entropy_z", -inf) > largest + 1.4:  # of a Gaussian: 1.42 + log std
-        raise ValueError(f"--target-entropy-z is out of reach with --log-std-z-max {largest}")
     if args.resume and args.evaluate:
         raise ValueError("--resume and --evaluate exclude each other")
     if args.track and not args.evaluate and importlib.util.find_spec("wandb") is None:

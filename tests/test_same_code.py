@@ -15,6 +15,7 @@ SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
 MAY_DIFFER = {
     "Args": "each algorithm has options of its own",
     "TUNED": "and their values for a task",
+    "limits": "and their ranges",
     "Agent": "each script trains its own",
 }
 FAMILIES_DIFFER = {

@@ -344,7 +344,11 @@ BAD_OPTIONS = [
     (bptt_sac, "--chrono 2", "--chrono takes 3 steps or more"),
     (s2pg_sac, "--chrono 20 --rnn rnn", "--rnn gru or lstm"),
     (s2pg_lsiq, "--log-std-z-max 3", "--log-std-z-max is 3"),
-    (s2pg_sac, "--log-std-z-max -3 --target-entropy-z -1", "--target-entropy-z is out of reach"),
+    (
+        s2pg_sac,
+        "--log-std-z-max -3 --target-entropy-z -1",
+        "in [-3.5, -1.6] with --log-std-z-max -3.0",
+    ),
     (s2pg_td3, "--policy-frequency 0", "--policy-frequency is 0"),
     (s2pg_td3, "--noise-clip -1", "--noise-clip is -1"),
     (s2pg_td3, "--buffer-size 1500", "--learning-starts"),
@@ -404,6 +408,17 @@ def test_bad_input_is_answered_in_a_sentence(script, options, says, tmp_path, mo
     message = code if isinstance(code, str) else capsys.readouterr().err
     assert code not in (None, 0) and says in message
     assert not (tmp_path / "runs").exists()
+
+
+@each(*OFF_POLICY, *ON_POLICY)
+def test_every_number_has_limits_and_the_same_in_each_script(script):
+    kinds = int, float, int | None, float | None
+    numbers = {field.name for field in dataclasses.fields(script.Args) if field.type in kinds}
+    limits = script.limits(script.Args())
+    assert limits.keys() == numbers
+    for other in (*OFF_POLICY, *ON_POLICY):
+        others = other.limits(other.Args())
+        assert all(others.get(name, limits[name]) == limits[name] for name in limits)
 
 
 def test_tracking_without_wandb_is_answered_in_a_sentence(monkeypatch):

@@ -1161,6 +1161,7 @@ def parse_args():
         try:
             with open(path) as file:
                 defaults = Args(**json.load(file))
+                limits(defaults)  # TypeError for what is no number
                 defaults.capture_video &= args.evaluate is None
         except FileNotFoundError:
             raise ValueError(f"{run_dir} is no run: it holds no args.json") from None

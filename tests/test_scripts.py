@@ -428,7 +428,9 @@ def test_tracking_without_wandb_is_answered_in_a_sentence(monkeypatch):
     s2pg_sac.check_args(s2pg_sac.Args(track=True, evaluate="runs/RUN"))  # nothing is tracked there
 
 
-DAMAGE = ["cut", "foreign", "text", "torn", "missing", "shapes", "args", "seed", "buffer"]
+DAMAGE = [
+    "cut", "foreign", "text", "torn", "missing", "shapes", "args", "seed", "num_envs", "buffer"
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -454,6 +456,8 @@ def test_an_unusable_run_is_a_clear_error(damage, tmp_path, monkeypatch):
         (run_dir / "args.json").write_text('{"sequence_length": 3}')
     elif damage == "seed":
         (run_dir / "args.json").write_text('{"seed": "one"}')
+    elif damage == "num_envs":
+        (run_dir / "args.json").write_text('{"num_envs": "two"}')
     elif damage == "buffer":
         options += ["--buffer-size", "500"]
     before = {path: path.read_bytes() for path in run_dir.iterdir()}

@@ -153,15 +153,15 @@ class Args:
     num_threads: int = 1
     """CPU threads of torch; more than one rarely pays for networks of this size"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of float32 matrix products: "medium" allows bfloat16 and, on a CPU, other kernels, which may
-    be faster (SAC) or slower (PPO)"""
+    """precision of float32 matrix products: "medium" allows bfloat16 and, on a CPU, other kernels,
+    which may be faster (SAC) or slower (PPO)"""
     compile: bool = False
     """on CUDA: torch.compile the losses"""
     cudagraphs: bool = False
     """on CUDA: capture an update as a graph, and replay it with one launch"""
 
 
-# What a task wants different from the defaults; options on the command line come before these.
+# Defaults that differ by task; options on the command line come before these.
 TUNED = {
     "Ant": dict(hide="velocities", critic_lr=1e-4),
     "CueRecall": dict(learning_starts=1_000),
@@ -634,7 +634,7 @@ def make_env(args, num_envs, video_folder=None):
                 env = gym.wrappers.RecordVideo(env, video_folder, disable_logger=True)
             except Exception as error:  # graphics drivers raise what they like
                 raise ValueError(
-                    f"cannot record video: {error} (without a screen, MUJOCO_GL=egl may help)"
+                    f"cannot record video: {error!r} (without a screen, MUJOCO_GL=egl may help)"
                 ) from error
         env = gym.wrappers.RecordEpisodeStatistics(env)
         return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))

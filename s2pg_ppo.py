@@ -96,7 +96,8 @@ class Args:
     state_dim: int = 32
     """size of the recurrent cell (the internal state of an LSTM, h and c, is twice as large)"""
     memoryless: bool = False
-    """drop the internal state: PPO with a policy of what it sees alone (V still gets a_prev)"""
+    """drop the internal state: plain PPO, with a policy of the current observation alone
+    (V still gets a_prev)"""
     std: float = 0.5
     """standard deviation of the action at the start, where its range is [-1, 1]"""
     std_z: float = 0.1
@@ -152,15 +153,15 @@ class Args:
     num_threads: int = 1
     """CPU threads of torch; more than one rarely pays for networks of this size"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of float32 matrix products: "medium" allows bfloat16 and, on a CPU, other kernels, which may
-    be faster (SAC) or slower (PPO)"""
+    """precision of float32 matrix products: "medium" allows bfloat16 and, on a CPU, other kernels,
+    which may be faster (SAC) or slower (PPO)"""
     compile: bool = False
     """on CUDA: torch.compile the losses"""
     cudagraphs: bool = False
     """on CUDA: capture the step of a minibatch as a graph, and replay it with one launch"""
 
 
-# What a task wants different from the defaults; options on the command line come before these.
+# Defaults that differ by task; options on the command line come before these.
 TUNED = {
     "Ant": dict(hide="velocities"),
     "HalfCheetah": dict(hide="velocities"),
@@ -576,7 +577,7 @@ def make_env(args, num_envs, video_folder=None):
                 env = gym.wrappers.RecordVideo(env, video_folder, disable_logger=True)
             except Exception as error:  # graphics drivers raise what they like
                 raise ValueError(
-                    f"cannot record video: {error} (without a screen, MUJOCO_GL=egl may help)"
+                    f"cannot record video: {error!r} (without a screen, MUJOCO_GL=egl may help)"
                 ) from error
         env = gym.wrappers.RecordEpisodeStatistics(env)
         return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))

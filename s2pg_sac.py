@@ -101,7 +101,8 @@ class Args:
     """longest time scale, in steps, that the gates of the recurrent cell begin with (chrono
     initialisation); 0 for PyTorch's initialisation, which forgets within a few"""
     memoryless: bool = False
-    """drop the internal state: SAC with a policy of what it sees alone (Q still gets a_prev)"""
+    """drop the internal state: plain SAC, with a policy of the current observation alone
+    (Q still gets a_prev)"""
     critic_sees_z: bool = False
     """give z to a privileged critic too, as published"""
     refresh: bool = True
@@ -132,10 +133,10 @@ class Args:
     alpha_z_lr: float = 3e-4
     """learning rate of log alpha_z; 0 keeps alpha_z as it is"""
     target_entropy_z: float = -1.0
-    """target entropy of the internal state, in nats per component, -1 as published: around 0 this
-    is a standard deviation of .09, and -3 one of .012"""
+    """target entropy of the internal state, in nats per component; near z = 0, the published -1 is
+    a standard deviation of .09, and -3 one of .012"""
     log_std_z_max: float = 2.0
-    """largest log std of the internal state before its tanh; it begins halfway from -5 to this"""
+    """largest log std of the internal state before its tanh; training begins halfway from -5"""
 
     resume: str | None = None
     """folder of a run to continue; options given beside it replace the run's own, but temperatures
@@ -157,15 +158,15 @@ class Args:
     num_threads: int = 1
     """CPU threads of torch; more than one rarely pays for networks of this size"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of float32 matrix products: "medium" allows bfloat16 and, on a CPU, other kernels, which may
-    be faster (SAC) or slower (PPO)"""
+    """precision of float32 matrix products: "medium" allows bfloat16 and, on a CPU, other kernels,
+    which may be faster (SAC) or slower (PPO)"""
     compile: bool = False
     """on CUDA: torch.compile the losses"""
     cudagraphs: bool = False
     """on CUDA: capture an update as a graph, and replay it with one launch"""
 
 
-# What a task wants different from the defaults; options on the command line come before these.
+# Defaults that differ by task; options on the command line come before these.
 TUNED = {
     "Ant": dict(hide="velocities", critic_lr=1e-4, alpha_z_lr=1e-6),
     "CueRecall": dict(learning_starts=1_000),
@@ -620,7 +621,7 @@ def make_env(args, num_envs, video_folder=None):
                 env = gym.wrappers.RecordVideo(env, video_folder, disable_logger=True)
             except Exception as error:  # graphics drivers raise what they like
                 raise ValueError(
-                    f"cannot record video: {error} (without a screen, MUJOCO_GL=egl may help)"
+                    f"cannot record video: {error!r} (without a screen, MUJOCO_GL=egl may help)"
                 ) from error
         env = gym.wrappers.RecordEpisodeStatistics(env)
         return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))

@@ -374,7 +374,7 @@ OVERVIEW = [
     ),
     Line("the same, BPTT with L = 1", "memory_gradient", "CueRecall-delayed-v0", *UNTAUGHT),
     Line(
-        "the same, both with `--chrono 32`, S2PG with less noise", "memory_gradient",
+        "the same, L = 1, both with `--chrono 32`, S2PG with less noise", "memory_gradient",
         "CueRecall-delayed-v0", "S2PG-SAC, chrono, less noise", "BPTT-SAC, L = 1, chrono",
         "memoryless SAC",
     ),

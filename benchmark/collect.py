@@ -140,6 +140,7 @@ def write(rows, path, add=False):
                     f"two experts of {row[0]}, with returns {levels}: collect them apart"
                 )
         unique[key] = row
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""Every picture and every table of README and docs, from the CSVs in benchmark/results/.
+"""Every picture, and the tables of README and docs/results.md, from the CSVs of benchmark/results/.
 
     python benchmark/plot.py                       # all
     python benchmark/plot.py cue_recall td3        # some claims

@@ -15,7 +15,7 @@ most L rows of the rollout, each from the internal state z that was stored while
     A_t     = delta_t + gamma lambda A_{t+1}, up to the end of the episode or of the rollout
     rho     = pi(a | o, h) / pi_old(a | o, h)
     policy  L(pi) = -E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]
-    value   L(V)  = E[(V(o, h) - (A + V_old))^2] / 2, clipped like rho with --clip-vloss
+    value   L(V)  = E[(V(o, h) - (A + V_old))^2] / 2; --clip-vloss clips it, too
 
 Sequences begin where the rollout or an episode does, and after every L rows; the gradient goes back
 through the h of all their rows before. With --privileged-critic V and its memory see the state s in
@@ -83,7 +83,7 @@ class Args:
     num_envs: int = 1
     """environments stepped together, >= 1"""
     hide: Literal["none", "velocities", "positions"] = "none"
-    """what a MuJoCo observation hides from the policy; `TUNED` below hides velocities"""
+    """what a MuJoCo observation hides from the policy; `TUNED` in this file has velocities"""
     random_bodies: bool = False
     """draw masses and geom sizes anew each episode; only a privileged critic is told"""
     wind: bool = False
@@ -657,7 +657,7 @@ def evaluate(actor, env, episodes, deterministic, seed):
             for i, row in enumerate(zip(*columns)):
                 rows[i].append(row)
                 if len(rows[i]) > 100_000:
-                    raise ValueError("an episode never ends; register max_episode_steps for it")
+                    raise ValueError("no end of an episode in 100 000 steps; set max_episode_steps")
                 if final[i]:
                     played[i].append([np.array(column) for column in zip(*rows[i])])
                     rows[i] = []
@@ -804,7 +804,7 @@ def train(args):
             clipped = action.clamp(-1, 1)
             a = clipped.cpu().numpy()
             if not np.isfinite(a).all():
-                check_finite(metrics | {"the action": action})
+                check_finite(metrics | {"the action": action})  # raises; losses may be the cause
             next_obs, reward, terminated, truncated, info = env.step(a)
             rollout.add(
                 obs=obs["policy"], critic_obs=obs["critic"], z=z, a_prev=a_prev, action=action,

@@ -80,7 +80,7 @@ class Args:
     num_envs: int = 1
     """environments stepped together, >= 1"""
     hide: Literal["none", "velocities", "positions"] = "none"
-    """what a MuJoCo observation hides from the policy; `TUNED` below hides velocities"""
+    """what a MuJoCo observation hides from the policy; `TUNED` in this file has velocities"""
     random_bodies: bool = False
     """draw masses and geom sizes anew each episode; only a privileged critic is told"""
     wind: bool = False
@@ -180,9 +180,8 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 class RecurrentActor(nn.Module):
     """The policy pi(a | o, h), a squashed diagonal Gaussian, with a deterministic memory h.
 
-    Shapes: o [B, O]; z, z' [B, Z] in (-1, 1); h [B, H] in (-1, 1); a, a_prev [B, A] in (-1, 1). The
-    internal state z is h one step before. For an LSTM z = (h, tanh c), which keeps the unbounded
-    cell state in the same interval.
+    Shapes: o [B, O]; z, z' [B, Z]; h [B, H] in (-1, 1); a, a_prev [B, A] in (-1, 1). The internal
+    state z is h one step before, and (h, c) for an LSTM.
     """
 
     def __init__(self, obs_dim, action_dim, state_dim, rnn, chrono=0):
@@ -203,9 +202,9 @@ class RecurrentActor(nn.Module):
         """h [T, B, H] and the last z' [B, Z] of rows `obs`, `a_prev` [T, B, .] that follow z."""
         e = torch.relu_(torch.cat([self.memory_obs(obs), self.memory_action(a_prev)], -1))
         if self.rnn == "lstm":
-            h, tanh_c = z.unsqueeze(0).chunk(2, -1)
-            outputs, (h, c) = self.layer(e, (h.contiguous(), atanh(tanh_c)))
-            return outputs, torch.cat([h, torch.tanh(c)], -1).squeeze(0)
+            h, c = z.unsqueeze(0).chunk(2, -1)
+            outputs, state = self.layer(e, (h.contiguous(), c.contiguous()))
+            return outputs, torch.cat(state, -1).squeeze(0)
         outputs, h = self.layer(e, z.unsqueeze(0))
         return outputs, h.squeeze(0)
 
@@ -250,11 +249,6 @@ def bounded_log_std(x, largest=LOG_STD_MAX):
     return LOG_STD_MIN + 0.5 * (largest - LOG_STD_MIN) * (torch.tanh(x) + 1)
 
 
-def atanh(x):
-    """Inverse of tanh, finite where float32 has rounded a tanh to -1 or 1."""
-    return torch.atanh((1 - 1e-6) * x)
-
-
 def squashed_gaussian(mean, log_std):
     """x = tanh(u), u ~ N(mean, std^2), and log p(x) of each dimension; both shaped like `mean`."""
     noise = torch.randn_like(mean)
@@ -295,9 +289,9 @@ class RowBuffer:
 
     An episode of T transitions fills T + 1 rows; the last holds the final observation, and its
     action is ignored. Row t + 1 completes row t: it holds the next observation and internal
-    state, row t - 1 the previous action. So nothing is stored twice. A row is a transition,
-    and can be sampled, once its successor is written, unless that is the `first` of an episode
-    (which an interrupted run begins without a final row).
+    state, row t - 1 the previous action. So nothing is stored twice. A row is a transition, and
+    can be sampled, once its successor is written, unless the successor is the `first` of an
+    episode: such a row is a final one, or the last before a run was interrupted.
 
     Row t of environment n lies at index t * num_envs + n. `transitions` is a queue of the indices
     that can be sampled, in order of time. The four counters are kept on the device too, so that
@@ -361,14 +355,14 @@ class RowBuffer:
 
     def a_prev(self, index):
         """Actions one step before the rows `index`; zeros at the start of an episode."""
-        return self.action[index - self.num_envs] * ~self.first[index].unsqueeze(-1)
+        before = index - self.num_envs  # a negative index counts from the end of the ring
+        return self.action[before] * ~self.first[index].unsqueeze(-1)
 
     def state_dict(self):
         """Copies of the rows written so far, the counters and the links."""
         n = self.written * self.num_envs
-        state = {k: v[:n].clone() for k, v in vars(self).items() if torch.is_tensor(v)}
-        if self.critic_obs is self.obs:
-            del state["critic_obs"]
+        once = {k: v for k, v in vars(self).items() if k != "critic_obs" or v is not self.obs}
+        state = {k: v[:n].clone() for k, v in once.items() if torch.is_tensor(v)}
         return state | dict(counters=self.counters.clone(), links=torch.tensor(self.links))
 
     def load_state_dict(self, state):
@@ -691,7 +685,7 @@ def evaluate(actor, env, episodes, deterministic, seed):
             for i, row in enumerate(zip(*columns)):
                 rows[i].append(row)
                 if len(rows[i]) > 100_000:
-                    raise ValueError("an episode never ends; register max_episode_steps for it")
+                    raise ValueError("no end of an episode in 100 000 steps; set max_episode_steps")
                 if final[i]:
                     played[i].append([np.array(column) for column in zip(*rows[i])])
                     rows[i] = []
@@ -842,7 +836,7 @@ def train(args):
                 action = 2 * torch.rand_like(action) - 1
             a = action.cpu().numpy()
             if not np.isfinite(a).all():
-                check_finite(metrics | {"the action": action})
+                check_finite(metrics | {"the action": action})  # raises; losses may be the cause
             while updates_due >= 1:  # a CUDA card works on them while the environment steps
                 metrics = agent.update(buffer)
                 updates_due -= 1

@@ -86,7 +86,7 @@ class Args:
     num_envs: int = 1
     """environments stepped together, >= 1"""
     hide: Literal["none", "velocities", "positions"] = "none"
-    """what a MuJoCo observation hides from the policy; `TUNED` below hides velocities"""
+    """what a MuJoCo observation hides from the policy; `TUNED` in this file has velocities"""
     random_bodies: bool = False
     """draw masses and geom sizes anew each episode; only a privileged critic is told"""
     wind: bool = False
@@ -895,7 +895,7 @@ def evaluate(actor, env, episodes, deterministic, seed):
             for i, row in enumerate(zip(*columns)):
                 rows[i].append(row)
                 if len(rows[i]) > 100_000:
-                    raise ValueError("an episode never ends; register max_episode_steps for it")
+                    raise ValueError("no end of an episode in 100 000 steps; set max_episode_steps")
                 if final[i]:
                     played[i].append([np.array(column) for column in zip(*rows[i])])
                     rows[i] = []
@@ -1048,7 +1048,7 @@ def train(args):
                 print("stopped while cloning, of which nothing is saved")
                 sys.exit(128 + stop_signals[0])
             writer.add_scalar("losses/bc_loss", loss, global_step)
-            seconds = time.time() - start_time
+            seconds = rollout_seconds = time.time() - start_time
             writer.add_scalar("charts/seconds", seconds, global_step)
             result = log_returns(writer, agent.actor, eval_env, args, global_step)
             start_time = time.time() - seconds
@@ -1057,7 +1057,7 @@ def train(args):
             clipped = action.clamp(-1, 1)
             a = clipped.cpu().numpy()
             if not np.isfinite(a).all():
-                check_finite(metrics | {"the action": action})
+                check_finite(metrics | {"the action": action})  # raises; losses may be the cause
             next_obs, _, terminated, truncated, info = env.step(a)
             rollout.add(  # without the reward
                 obs=obs["policy"], critic_obs=obs["critic"], z=z, a_prev=a_prev, action=action,

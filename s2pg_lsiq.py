@@ -24,9 +24,10 @@ there sqil_like has r_min / (1 - gamma) for r_min, and iq_like (1 - gamma) (Q - 
 The task's reward is logged, and no part of the algorithm sees it. Compare with s2pg_sac.py by diff.
 
 Unlike in the published runs, there are two critics and their minimum, without z; the actor sees
-a_prev and learns from the first update on; temperatures follow the entropy on rows of both. They
-keep the policy noisy; where the expert is not, its noise gives the policy away, and its Q sinks for
-as long as it learns: try low temperatures, --alpha .001 --alpha-lr 0 --alpha-z .001 --alpha-z-lr 0.
+a_prev and learns from the first update on; temperatures follow the entropy on rows of both, and
+keep the policy noisy. From an expert without noise the critic can tell such a policy by its noise
+alone, and the policy's Q sinks for as long as the critic learns: try low temperatures then,
+--alpha .001 --alpha-lr 0 --alpha-z .001 --alpha-z-lr 0.
 
     python s2pg_lsiq.py --env-id InvertedPendulum-v4 --total-timesteps 20000
     python s2pg_lsiq.py --env-id Hopper-v4 --demonstrations expert.npz --loss iq_like
@@ -89,7 +90,7 @@ class Args:
     num_envs: int = 1
     """environments stepped together, >= 1"""
     hide: Literal["none", "velocities", "positions"] = "none"
-    """what a MuJoCo observation hides from the policy; `TUNED` below hides velocities"""
+    """what a MuJoCo observation hides from the policy; `TUNED` in this file has velocities"""
     random_bodies: bool = False
     """draw masses and geom sizes anew each episode; only a privileged critic is told"""
     wind: bool = False
@@ -115,9 +116,9 @@ class Args:
     """learning rate of behaviour cloning"""
 
     loss: Literal["sqil_like", "iq_like"] = "sqil_like"
-    """of the critic, see above"""
+    """of the critic, see the docstring of this file"""
     expert_target: Literal["fix", "bootstrap"] = "fix"
-    """of sqil_like: Q_max, or r_max + y"""
+    """of sqil_like alone: Q_max, or r_max + y"""
     regularizer: float = 0.5
     """c; rewards are within +-1/c, and Q within +-1/(c (1 - gamma))"""
     clip_target: bool = True
@@ -230,7 +231,7 @@ class StochasticStatefulActor(nn.Module):
     stored action stays a legitimate sample of the policy when the stored z' is refreshed.
 
     Shapes: o [B, O]; z, z', g [B, Z] in (-1, 1); a, a_prev [B, A] in (-1, 1). For an LSTM
-    z = (h, tanh c), which keeps the unbounded cell state in the same interval.
+    z = (h, tanh c), which carries the cell state in the same interval and so clips it at +-7.25.
     """
 
     def __init__(
@@ -364,9 +365,9 @@ class RowBuffer:
 
     An episode of T transitions fills T + 1 rows; the last holds the final observation, and its
     action is ignored. Row t + 1 completes row t: it holds the next observation and internal
-    state, row t - 1 the previous action. So nothing is stored twice. A row is a transition,
-    and can be sampled, once its successor is written, unless that is the `first` of an episode
-    (which an interrupted run begins without a final row).
+    state, row t - 1 the previous action. So nothing is stored twice. A row is a transition, and
+    can be sampled, once its successor is written, unless the successor is the `first` of an
+    episode: such a row is a final one, or the last before a run was interrupted.
 
     Row t of environment n lies at index t * num_envs + n. `transitions` is a queue of the indices
     that can be sampled, in order of time. The four counters are kept on the device too, so that
@@ -430,14 +431,14 @@ class RowBuffer:
 
     def a_prev(self, index):
         """Actions one step before the rows `index`; zeros at the start of an episode."""
-        return self.action[index - self.num_envs] * ~self.first[index].unsqueeze(-1)
+        before = index - self.num_envs  # a negative index counts from the end of the ring
+        return self.action[before] * ~self.first[index].unsqueeze(-1)
 
     def state_dict(self):
         """Copies of the rows written so far, the counters and the links."""
         n = self.written * self.num_envs
-        state = {k: v[:n].clone() for k, v in vars(self).items() if torch.is_tensor(v)}
-        if self.critic_obs is self.obs:
-            del state["critic_obs"]
+        once = {k: v for k, v in vars(self).items() if k != "critic_obs" or v is not self.obs}
+        state = {k: v[:n].clone() for k, v in once.items() if torch.is_tensor(v)}
         return state | dict(counters=self.counters.clone(), links=torch.tensor(self.links))
 
     def load_state_dict(self, state):
@@ -846,7 +847,7 @@ def evaluate(actor, env, episodes, deterministic, seed):
             for i, row in enumerate(zip(*columns)):
                 rows[i].append(row)
                 if len(rows[i]) > 100_000:
-                    raise ValueError("an episode never ends; register max_episode_steps for it")
+                    raise ValueError("no end of an episode in 100 000 steps; set max_episode_steps")
                 if final[i]:
                     played[i].append([np.array(column) for column in zip(*rows[i])])
                     rows[i] = []
@@ -1014,7 +1015,7 @@ def train(args):
                 action = 2 * torch.rand_like(action) - 1
             a = action.cpu().numpy()
             if not np.isfinite(a).all():
-                check_finite(metrics | {"the action": action})
+                check_finite(metrics | {"the action": action})  # raises; losses may be the cause
             while updates_due >= 1:  # a CUDA card works on them while the environment steps
                 metrics = agent.update(buffer, expert)
                 updates_due -= 1

@@ -80,7 +80,7 @@ class Args:
     num_envs: int = 1
     """environments stepped together, >= 1"""
     hide: Literal["none", "velocities", "positions"] = "none"
-    """what a MuJoCo observation hides from the policy; `TUNED` below hides velocities"""
+    """what a MuJoCo observation hides from the policy; `TUNED` in this file has velocities"""
     random_bodies: bool = False
     """draw masses and geom sizes anew each episode; only a privileged critic is told"""
     wind: bool = False
@@ -193,7 +193,7 @@ class StochasticStatefulActor(nn.Module):
     stored action stays a legitimate sample of the policy when the stored z' is refreshed.
 
     Shapes: o [B, O]; z, z', g [B, Z] in (-1, 1); a, a_prev [B, A] in (-1, 1). For an LSTM
-    z = (h, tanh c), which keeps the unbounded cell state in the same interval.
+    z = (h, tanh c), which carries the cell state in the same interval and so clips it at +-7.25.
     """
 
     def __init__(
@@ -316,9 +316,9 @@ class RowBuffer:
 
     An episode of T transitions fills T + 1 rows; the last holds the final observation, and its
     action is ignored. Row t + 1 completes row t: it holds the next observation and internal
-    state, row t - 1 the previous action. So nothing is stored twice. A row is a transition,
-    and can be sampled, once its successor is written, unless that is the `first` of an episode
-    (which an interrupted run begins without a final row).
+    state, row t - 1 the previous action. So nothing is stored twice. A row is a transition, and
+    can be sampled, once its successor is written, unless the successor is the `first` of an
+    episode: such a row is a final one, or the last before a run was interrupted.
 
     Row t of environment n lies at index t * num_envs + n. `transitions` is a queue of the indices
     that can be sampled, in order of time. The four counters are kept on the device too, so that
@@ -382,14 +382,14 @@ class RowBuffer:
 
     def a_prev(self, index):
         """Actions one step before the rows `index`; zeros at the start of an episode."""
-        return self.action[index - self.num_envs] * ~self.first[index].unsqueeze(-1)
+        before = index - self.num_envs  # a negative index counts from the end of the ring
+        return self.action[before] * ~self.first[index].unsqueeze(-1)
 
     def state_dict(self):
         """Copies of the rows written so far, the counters and the links."""
         n = self.written * self.num_envs
-        state = {k: v[:n].clone() for k, v in vars(self).items() if torch.is_tensor(v)}
-        if self.critic_obs is self.obs:
-            del state["critic_obs"]
+        once = {k: v for k, v in vars(self).items() if k != "critic_obs" or v is not self.obs}
+        state = {k: v[:n].clone() for k, v in once.items() if torch.is_tensor(v)}
         return state | dict(counters=self.counters.clone(), links=torch.tensor(self.links))
 
     def load_state_dict(self, state):
@@ -678,7 +678,7 @@ def evaluate(actor, env, episodes, deterministic, seed):
             for i, row in enumerate(zip(*columns)):
                 rows[i].append(row)
                 if len(rows[i]) > 100_000:
-                    raise ValueError("an episode never ends; register max_episode_steps for it")
+                    raise ValueError("no end of an episode in 100 000 steps; set max_episode_steps")
                 if final[i]:
                     played[i].append([np.array(column) for column in zip(*rows[i])])
                     rows[i] = []
@@ -829,7 +829,7 @@ def train(args):
                 action = 2 * torch.rand_like(action) - 1
             a = action.cpu().numpy()
             if not np.isfinite(a).all():
-                check_finite(metrics | {"the action": action})
+                check_finite(metrics | {"the action": action})  # raises; losses may be the cause
             while updates_due >= 1:  # a CUDA card works on them while the environment steps
                 metrics = agent.update(buffer)
                 updates_due -= 1

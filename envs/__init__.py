@@ -13,6 +13,7 @@ import warnings
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.utils import RecordConstructorArgs
 
 from envs.mujoco import HIDE, RandomBodies, Wind, policy_mask
@@ -78,6 +79,9 @@ def make(
             # This is an error here, see below.
             warnings.filterwarnings("ignore", ".*not in the possible render_modes")
             env = gym.make(env_id, **env_kwargs)
+            if env_kwargs.keys() - {"render_mode"} and isinstance(env.unwrapped, MujocoEnv):
+                env.reset()  # some values are not looked at before
+                env.step(np.zeros(env.action_space.shape))
     except (gym.error.Error, ImportError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{env_id!r} cannot be made: {error}") from error
 

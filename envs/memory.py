@@ -197,5 +197,5 @@ def hits_wall(
     (x0, y0), (x1, y1) = before, after
     if not min(y0, y1) <= wall <= max(y0, y1):
         return False
-    x = x1 if y0 == y1 else x0 + (x1 - x0) * (wall - y0) / (y1 - y0)
-    return not left <= x <= right
+    share = 1 if y0 == y1 else (wall - y0) / (y1 - y0)
+    return not left <= (1 - share) * x0 + share * x1 <= right  # exact at both ends

@@ -9,7 +9,7 @@ import mujoco
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import envs
@@ -844,11 +844,16 @@ def test_hits_wall(before, after, hit):
     assert hits_wall(np.array(before), np.array(after), 60.0, 10.0, 50.0) is hit
 
 
+NEARBY = -1e-9, 0, 1e-9
+
+
 @given(*[st.floats(0, 150)] * 4, st.floats(10, 100))
+@example(10.0, 60.0, 78.87690827376503, 0.0, 10.0)  # begins at the edge of the door
 def test_hits_wall_agrees_with_a_dense_walk(x0, y0, x1, y1, left):
     before, after = np.array([x0, y0]), np.array([x1, y1])
     hit = hits_wall(before, after, 60.0, left, left + 40)
-    assert hit is hits_wall(after, before, 60.0, left, left + 40) or y0 == y1
+    back = [hits_wall(after, before, 60.0, left + shift, left + 40 + shift) for shift in NEARBY]
+    assert hit in back or y0 == y1  # but for rounding
     if (y0 - 60) * (y1 - 60) < -1e-3:
         way = before + np.linspace(0, 1, 20001)[:, None] * (after - before)
         x = way[np.abs(way[:, 1] - 60).argmin(), 0]
@@ -1037,6 +1042,8 @@ def test_own_robot():
         ("own_tasks:Wrong-v0", {"hide": "velocities"}, "has 11 values, not those of"),
         ("own_tasks:Longer-v0", {"wind": True}, "has 12 values, not those of"),
         ("Hopper-v5", {"frame_skip": 0}, "'Hopper-v5' cannot be made"),
+        ("Hopper-v5", {"reset_noise_scale": "abc"}, "'Hopper-v5' cannot be made"),
+        ("Hopper-v4", {"healthy_z_range": 3}, "'Hopper-v4' cannot be made"),
         ("own_tasks:OnlyPositions-v0", {"hide": "positions"}, "What the policy sees is a 1-D Box"),
         ("Swimmer-v4", {"wind": True}, "wind is for Ant, .*Walker2d, and not for 'Swimmer-v4'"),
         ("Pendulum-v1", {"wind": True}, "wind is for Ant"),

@@ -228,11 +228,10 @@ def test_a_recurrent_actor_with_an_open_gate_keeps_its_memory():
     assert (run(actor, z) - z).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("make", [make_actor, make_recurrent_actor])
 @pytest.mark.parametrize(("rnn", "factor"), [("gru", 1), ("rnn", 1), ("lstm", 2)])
-def test_the_internal_state_stays_in_its_interval(make, rnn, factor):
+def test_the_internal_state_stays_in_its_interval(rnn, factor):
     """Also for the cell state of an LSTM, which is unbounded, and for large inputs."""
-    actor = make(rnn)
+    actor = make_actor(rnn)
     assert actor.z_dim == factor * STATE
     z = torch.zeros(64, actor.z_dim)
     with torch.no_grad():
@@ -242,6 +241,24 @@ def test_the_internal_state_stays_in_its_interval(make, rnn, factor):
             assert z.shape == (64, factor * STATE)
             assert torch.isfinite(z).all() and z.abs().max() <= 1
     assert z.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rnn", ["gru", "lstm", "rnn"])
+def test_a_recurrent_actor_remembers_step_by_step_what_it_remembers_of_a_sequence(rnn):
+    """Also an LSTM with a large cell state: the policy that acts is the one that learns."""
+    actor = make_recurrent_actor(rnn)
+    obs, z, a_prev = inputs(actor, 40)
+    z = z[:1] * 0
+    if rnn == "lstm":
+        z[:, STATE:] = 15 * some_memory()[:1]
+        keep_everything(actor.layer, "_l0")
+    with torch.no_grad():
+        h, last = actor.remember(obs.unsqueeze(1), z, a_prev.unsqueeze(1))
+        for k in range(len(obs)):
+            one, z = actor.remember(obs[k].view(1, 1, -1), z, a_prev[k].view(1, 1, -1))
+            torch.testing.assert_close(one[0], h[k])
+    torch.testing.assert_close(z, last)
+    assert rnn != "lstm" or z[:, STATE:].abs().max() > 8
 
 
 @pytest.mark.parametrize("make", [make_actor, make_recurrent_actor])

@@ -959,7 +959,7 @@ def test_an_episode_that_never_ends_is_answered_in_a_sentence():
     zeros, over = np.zeros((1, 1), np.float32), np.zeros(1, dtype=bool)
     actor = Recorder()
     actor.act = lambda obs, z, a_prev, deterministic: (a_prev, z)
-    with pytest.raises(ValueError, match="never ends; register max_episode_steps"):
+    with pytest.raises(ValueError, match="in 100 000 steps; set max_episode_steps"):
         s2pg_sac.evaluate(actor, Endless(), 1, True, 0)
 
 

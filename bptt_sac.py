@@ -205,7 +205,7 @@ class RecurrentActor(nn.Module):
             h, c = z.unsqueeze(0).chunk(2, -1)
             outputs, state = self.layer(e, (h.contiguous(), c.contiguous()))
             return outputs, torch.cat(state, -1).squeeze(0)
-        outputs, h = self.layer(e, z.unsqueeze(0))
+        outputs, h = self.layer(e, z.unsqueeze(0).contiguous())  # as cuDNN asks for
         return outputs, h.squeeze(0)
 
     def forward(self, obs, h):

@@ -257,6 +257,19 @@ CLAIMS = {
         seeds=3,
         clock=False,
     ),
+    "privileged_critic": Claim(
+        "What is a critic worth that sees the velocities which the policy does not?",
+        {
+            "S2PG-SAC": "s2pg_sac.py",
+            "S2PG-SAC, no privileged critic": "s2pg_sac.py --no-privileged-critic",
+            "BPTT-SAC, L = 32, all rows": "bptt_sac.py",
+            "BPTT-SAC, no privileged critic": "bptt_sac.py --no-privileged-critic",
+            "memoryless SAC": "s2pg_sac.py --memoryless",
+        },
+        [f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500"],
+        seeds=3,
+        clock=False,
+    ),
     "td3": Claim(
         "The same with TD3.",
         {"S2PG-TD3": "s2pg_td3.py", "memoryless TD3": "s2pg_td3.py --memoryless"},

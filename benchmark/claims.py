@@ -223,6 +223,8 @@ CLAIMS = {
             "--env-id InvertedDoublePendulum-v4 --total-timesteps 25000 --eval-frequency 2500 "
             f"--eval-episodes 10 {MEDIUM}",
             "--env-id Hopper-v4 --total-timesteps 100000 --eval-frequency 5000 --eval-episodes 10",
+            "--env-id HalfCheetah-v4 --total-timesteps 40000 --eval-frequency 5000 "
+            "--eval-episodes 10",
             f"{CUE} CueRecall-100-v0 --total-timesteps 20000 --eval-frequency 1000",
             f"{CUE} CueRecall-delayed-10-v0 --total-timesteps 10000 --eval-frequency 1000",
             f"{CUE} CueRecall-delayed-v0 --total-timesteps 15000 --eval-frequency 1000",

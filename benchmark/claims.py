@@ -381,8 +381,11 @@ OVERVIEW = [
     ),
     Line("SAC, Hopper", "sac_and_bptt", "Hopper-v4", *SAC_LINE),
     Line("the same, BPTT with L = 1", "memory_gradient", "Hopper-v4", *UNTAUGHT),
+    Line("SAC, HalfCheetah", "sac_and_bptt", "HalfCheetah-v4", *SAC_LINE),
+    Line("the same, BPTT with L = 1", "memory_gradient", "HalfCheetah-v4", *UNTAUGHT),
     Line("SAC, a cue, to be repeated for 20 steps", "cue_recall", "CueRecall-v0", *SAC_LINE),
     Line("the same for 100 steps", "cue_recall", "CueRecall-100-v0", *SAC_LINE),
+    Line("the same for 1000 steps", "cue_recall", "CueRecall-1000-v0", *SAC_LINE),
     Line(
         "SAC, a cue, asked for after 20 steps, BPTT with L = 20", "delayed_response",
         "CueRecall-delayed-v0", "S2PG-SAC", "BPTT-SAC, L = the horizon", "memoryless SAC",

@@ -896,6 +896,17 @@ def test_a_checkpoint_within_a_rollout_is_that_of_the_last_update(script, tmp_pa
     assert same == [False, True, False, False]
 
 
+def test_the_time_of_cloning_counts_in_a_run_that_is_stopped_before_its_first_update(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    saved = []
+    monkeypatch.setattr(s2pg_gail, "save_checkpoint", lambda _, agent, state: saved.append(state))
+    options = dict(bc_steps=20, total_timesteps=20, checkpoint_frequency=5, num_steps=60)
+    s2pg_gail.train(quick_args(s2pg_gail, **options))
+    assert saved[0]["global_step"] == 0 and saved[0]["seconds"] > 0.01
+
+
 def test_seeds_have_no_environments_in_common():
     """Neither in training nor in evaluation, though environment i has the seed of the first + i."""
     firsts = [

@@ -405,11 +405,11 @@ def test_one_csv_has_one_expert(tmp_path):
     def level(value):
         return ["E-v0", "expert", "demonstrations", "{}", 0, 0, 0.0, value, value, *[""] * 5]
 
-    collect.write([level(5.0), level(5.0)], tmp_path / "a.csv")
-    collect.write([level(5.0)], tmp_path / "a.csv", add=True)
-    assert len((tmp_path / "a.csv").read_text().splitlines()) == 2
+    collect.write([level(5.0), level(5.0)], tmp_path / "new/a.csv")
+    collect.write([level(5.0)], tmp_path / "new/a.csv", add=True)
+    assert len((tmp_path / "new/a.csv").read_text().splitlines()) == 2
     with pytest.raises(ValueError, match=r"two experts of E-v0, with returns .*: collect them"):
-        collect.write([level(5.0), level(6.0)], tmp_path / "a.csv")
+        collect.write([level(5.0), level(6.0)], tmp_path / "new/a.csv")
 
 
 def test_the_first_table_has_means_and_what_is_best_with_each_seed_in_bold(tmp_path, monkeypatch):

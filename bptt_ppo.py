@@ -155,7 +155,8 @@ class Args:
     compile: bool = False
     """on CUDA: torch.compile the losses"""
     cudagraphs: bool = False
-    """on CUDA: capture the step of a minibatch as a graph, and replay it with one launch"""
+    """on CUDA: capture acting and the step of a minibatch as graphs, and replay each with one
+    launch"""
 
 
 # Defaults that differ by task; options on the command line come before these.
@@ -292,27 +293,29 @@ class Rollout:
     """
 
     def __init__(self, num_steps, num_envs, obs_dim, critic_dim, z_dim, action_dim, device):
-        def rows(*shape, dtype=torch.float32):
+        def rows(*shape, dtype=torch.float32, device=device):
             return torch.zeros(num_steps + 1, num_envs, *shape, dtype=dtype, device=device)
 
         self.obs, self.critic_obs = rows(obs_dim), rows(critic_dim)
         self.z, self.a_prev = rows(z_dim), rows(action_dim)
         self.action = rows(action_dim)  # the sample, before it is clipped
-        self.log_prob, self.value, self.reward = rows(), rows(), rows()
-        self.terminated, self.first = rows(dtype=torch.bool), rows(dtype=torch.bool)
-        self.length = 0
+        self.log_prob, self.value = rows(), rows()
+        # what the environment reports goes to the device once a rollout, and not row by row
+        self.reward = rows(device="cpu")
+        self.terminated, self.first = (rows(dtype=torch.bool, device="cpu") for _ in range(2))
+        self.length, self.device = 0, device
 
     def add(self, **row):
         """Write the next row, or a part of it: arrays or tensors [num_envs, ...] by their names."""
         for name, value in row.items():
-            rows = getattr(self, name)
-            rows[self.length] = to_device(value, rows.device)
+            getattr(self, name)[self.length] = torch.as_tensor(value)
         self.length += 1
 
     def clear(self):
         """Begin a new rollout; returns the finished one as a dict of tensors [T + 1, N, ...]."""
         length, self.length = self.length, 0
-        return {k: v[:length] for k, v in vars(self).items() if torch.is_tensor(v)}
+        rows = {k: v[:length] for k, v in vars(self).items() if torch.is_tensor(v)}
+        return {name: to_device(value, self.device) for name, value in rows.items()}
 
 
 def gaussian_log_prob(x, mean, log_std):
@@ -445,7 +448,7 @@ class BPTTPPO:
         )
         self.loss = torch.compile(bptt_ppo_loss) if args.compile else bptt_ppo_loss
         if args.cudagraphs:
-            self.learn = Graphed(self.learn)
+            self.act, self.learn = Graphed(self.act), Graphed(self.learn)
         self.static = None  # rows and sequences, in memory that a graph can read again and again
         self.row_sizes = obs_dim, critic_dim, self.z_dim, action_dim
 
@@ -456,7 +459,6 @@ class BPTTPPO:
     @torch.no_grad()
     def act(self, obs, critic_obs, z, a_prev):
         """A sample a [N, A] with its log-density [N], z' [N, Z], and the value [N]."""
-        obs, critic_obs = (to_device(x, self.device) for x in (obs, critic_obs))
         z_actor, z_critic = z.split([self.actor.z_dim, self.critic.z_dim], -1)
         mean, z_actor = self.actor.step(obs, z_actor, a_prev)
         a = mean + self.actor.log_std.exp() * torch.randn_like(mean)
@@ -754,7 +756,8 @@ def train(args):
     videos = f"{run_dir}/videos/training-{time.time():.0f}" if args.capture_video else None
     env = make_env(args, args.num_envs, videos)
     eval_env = make_env(args, min(args.eval_episodes, 8))
-    agent = Agent(args, *dimensions(env), device)
+    sizes = dimensions(env)
+    agent = Agent(args, *sizes, device)
     rollout = agent.make_rollout()
     global_step, seconds = 0, 0.0
     if args.resume:
@@ -790,7 +793,14 @@ def train(args):
     start_time = time.time() - seconds
     rollout_step, rollout_seconds = global_step, seconds  # of the last update
     returns, metrics, result = collections.deque(maxlen=10), {}, {}
-    obs, _ = env.reset(seed=env_seed(args, global_step))  # a resumed run: new episodes
+    # what the agent acts on is written in place, where a graph reads it
+    both_obs = torch.zeros(args.num_envs, sum(sizes[:2]), device=device)
+    policy_obs, critic_obs = both_obs.split(sizes[:2], -1)
+
+    def see(obs):
+        both_obs.copy_(to_device(np.concatenate([obs["policy"], obs["critic"]], -1), device))
+
+    see(env.reset(seed=env_seed(args, global_step))[0])  # a resumed run: new episodes
     z = torch.zeros(args.num_envs, agent.z_dim, device=device)
     a_prev = torch.zeros(args.num_envs, agent.action_dim, device=device)
     first = np.ones(args.num_envs, dtype=bool)  # rows that begin an episode
@@ -800,14 +810,14 @@ def train(args):
     with writer, bar:
         writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
         while True:
-            action, z_next, log_prob, value = agent.act(obs["policy"], obs["critic"], z, a_prev)
+            action, z_next, log_prob, value = agent.act(policy_obs, critic_obs, z, a_prev)
             clipped = action.clamp(-1, 1)
             a = clipped.cpu().numpy()
             if not np.isfinite(a).all():
                 check_finite(metrics | {"the action": action})  # raises; losses may be the cause
             next_obs, reward, terminated, truncated, info = env.step(a)
             rollout.add(
-                obs=obs["policy"], critic_obs=obs["critic"], z=z, a_prev=a_prev, action=action,
+                obs=policy_obs, critic_obs=critic_obs, z=z, a_prev=a_prev, action=action,
                 log_prob=log_prob, value=value, reward=reward, terminated=terminated, first=first,
             )  # fmt: skip
 
@@ -822,12 +832,14 @@ def train(args):
                 bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
             # ... and so does the memory
             keep = to_device(~final, device).unsqueeze(-1)
-            z, a_prev = z_next * keep, clipped * keep
-            obs, first, final = next_obs, final, terminated | truncated
+            torch.mul(z_next, keep, out=z)
+            torch.mul(clipped, keep, out=a_prev)
+            see(next_obs)
+            first, final = final, terminated | truncated
 
             finished, stopped = global_step >= args.total_timesteps, bool(stop_signals)
             if rollout.length == args.num_steps or finished:
-                *_, value = agent.act(obs["policy"], obs["critic"], z, a_prev)
+                *_, value = agent.act(policy_obs, critic_obs, z, a_prev)
                 rollout.add(z=z, value=value, first=first)
                 lr = args.learning_rate
                 if args.anneal_lr:

@@ -158,7 +158,7 @@ class Args:
     compile: bool = False
     """on CUDA: torch.compile the losses"""
     cudagraphs: bool = False
-    """on CUDA: capture an update as a graph, and replay it with one launch"""
+    """on CUDA: capture acting and an update as graphs, and replay each with one launch"""
 
 
 # Defaults that differ by task; options on the command line come before these.
@@ -293,9 +293,9 @@ class RowBuffer:
     can be sampled, once its successor is written, unless the successor is the `first` of an
     episode: such a row is a final one, or the last before a run was interrupted.
 
-    Row t of environment n lies at index t * num_envs + n. `transitions` is a queue of the indices
-    that can be sampled, in order of time. The four counters are kept on the device too, so that
-    sampling never waits for the host.
+    Row t of environment n lies at index t * num_envs + n of `rows`, in one piece, of which obs, z
+    and so on are columns. `transitions` is a queue of the indices that can be sampled, in order of
+    time. The four counters are kept on the device too, so that sampling never waits for the host.
     """
 
     def __init__(self, size, num_envs, obs_dim, critic_dim, z_dim, action_dim, device):
@@ -303,34 +303,32 @@ class RowBuffer:
         self.head = self.size = 0  # where the queue begins, how many it holds
         self.cursor = self.written = 0  # the slot [num_envs rows] to write next, slots written
         self.links = np.zeros(self.slots, dtype=np.int64)  # transitions in each slot
-
-        def rows(*shape, dtype=torch.float32):
-            return torch.zeros(self.slots * num_envs, *shape, dtype=dtype, device=device)
-
-        self.obs = rows(obs_dim)
-        # None: the critic sees what the policy sees
-        self.critic_obs = self.obs if critic_dim is None else rows(critic_dim)
-        self.z, self.action, self.reward = rows(z_dim), rows(action_dim), rows()
-        self.terminated, self.first = rows(dtype=torch.bool), rows(dtype=torch.bool)
-        self.transitions = rows(dtype=torch.int64)
+        self.critic_sees_more = critic_dim is not None
+        self.widths = [obs_dim, critic_dim or 0, z_dim, action_dim, 1, 1, 1]
+        self.rows = torch.zeros(self.slots * num_envs, sum(self.widths), device=device)
+        self.obs, self.critic_obs, self.z, self.action, *numbers = self.columns(self.rows)
+        self.reward, self.terminated, self.first = numbers  # the last two are 0 or 1
+        self.transitions = torch.zeros(len(self.rows), dtype=torch.int64, device=device)
         self.counters = torch.zeros(4, dtype=torch.int64, device=device)
 
+    def columns(self, rows):
+        """Views of whole rows [B, .]: o, s, z, a [B, .], r, terminated and first [B]."""
+        obs, critic_obs, z, action, *numbers = rows.split(self.widths, -1)
+        critic_obs = critic_obs if self.critic_sees_more else obs
+        return obs, critic_obs, z, action, *(number.squeeze(-1) for number in numbers)
+
     def add(self, obs, critic_obs, z, action, reward, terminated, first):
-        """Write a row per environment: arrays or tensors [num_envs, ...], `first` a bool array."""
-        rows = slice(self.cursor * self.num_envs, (self.cursor + 1) * self.num_envs)
-        self.obs[rows] = to_device(obs, self.device)
-        if self.critic_obs is not self.obs:
-            self.critic_obs[rows] = to_device(critic_obs, self.device)
-        self.z[rows], self.action[rows] = z, action
-        self.reward[rows] = to_device(reward, self.device)
-        self.terminated[rows] = to_device(terminated, self.device)
-        self.first[rows] = to_device(first, self.device)
+        """Write a row per environment: tensors [num_envs, .] on the device, arrays [num_envs]."""
+        n = self.num_envs
+        numbers = np.stack([reward, terminated, first], -1).astype(np.float32)
+        parts = [obs, critic_obs, z, action, to_device(numbers, self.device)]
+        if not self.critic_sees_more:
+            del parts[1]
+        torch.cat(parts, -1, out=self.rows[self.cursor * n : (self.cursor + 1) * n])
 
         # the rows before these have become transitions wherever the episode goes on
         previous, continued = (self.cursor - 1) % self.slots, np.flatnonzero(~first)
         tail = (self.head + self.size + np.arange(len(continued))) % len(self.transitions)
-        index = to_device(previous * self.num_envs + continued, self.device)
-        self.transitions[to_device(tail, self.device)] = index
         self.links[previous] = len(continued)
         self.size += len(continued)
 
@@ -341,7 +339,10 @@ class RowBuffer:
         self.head = (self.head + leaving) % len(self.transitions)
         self.size -= leaving
         counters = [self.head, self.size, self.cursor, self.written]
-        self.counters.copy_(to_device(counters, self.device))
+        queue = np.concatenate([tail, previous * n + continued, counters])
+        tail, index, counters = to_device(queue, self.device).split([len(tail), len(tail), 4])
+        self.transitions[tail] = index
+        self.counters.copy_(counters)
 
     def draw(self, batch_size):
         """Indices [batch_size] of transitions, uniformly with replacement."""
@@ -356,19 +357,21 @@ class RowBuffer:
     def a_prev(self, index):
         """Actions one step before the rows `index`; zeros at the start of an episode."""
         before = index - self.num_envs  # a negative index counts from the end of the ring
-        return self.action[before] * ~self.first[index].unsqueeze(-1)
+        return self.action[before] * (1 - self.first[index].unsqueeze(-1))
 
     def state_dict(self):
         """Copies of the rows written so far, the counters and the links."""
         n = self.written * self.num_envs
-        once = {k: v for k, v in vars(self).items() if k != "critic_obs" or v is not self.obs}
-        state = {k: v[:n].clone() for k, v in once.items() if torch.is_tensor(v)}
-        return state | dict(counters=self.counters.clone(), links=torch.tensor(self.links))
+        return dict(
+            rows=self.rows[:n].clone(), transitions=self.transitions[:n].clone(),
+            counters=self.counters.clone(), links=torch.tensor(self.links),
+        )  # fmt: skip
 
     def load_state_dict(self, state):
         """Take over a saved buffer; ValueError if it has other slots or environments."""
         head, size, cursor, written = state["counters"].tolist()
-        if len(state["links"]) != self.slots or len(state["z"]) != written * self.num_envs:
+        slots, rows = len(state["links"]), len(state["transitions"])
+        if slots != self.slots or rows != written * self.num_envs:
             raise ValueError("the saved buffer has another --buffer-size or --num-envs")
         self.head, self.size, self.cursor, self.written = head, size, cursor, written
         for name, value in state.items():
@@ -435,6 +438,8 @@ class SequenceBuffer(RowBuffer):
             weight = valid / (valid.sum(0) * len(t) if loss_on == "all-uniform" else valid.sum())
             weight = weight.flatten()
         at, after = rows[row, column], rows[row + 1, column]
+        obs, state, _, action, reward, terminated, _ = self.columns(self.rows.index_select(0, at))
+        next_obs, next_state, *_ = self.columns(self.rows.index_select(0, after))
 
         z_scale, warm = float(initial_state == "stored"), None
         if burn_in > 0:
@@ -443,8 +448,7 @@ class SequenceBuffer(RowBuffer):
             warm = self.obs[before], z_scale * self.z[before[0]], self.a_prev(before), has_them
         return Sequences(
             self.obs[rows], self.a_prev(rows), z_scale * self.z[start], warm, row, column, weight,
-            self.obs[at], self.critic_obs[at], self.a_prev(at), self.action[at], self.reward[at],
-            self.terminated[at], self.obs[after], self.critic_obs[after],
+            obs, state, self.a_prev(at), action, reward, terminated.bool(), next_obs, next_state,
         )  # fmt: skip
 
 
@@ -501,7 +505,7 @@ class BPTTSAC:
         compiled = torch.compile if args.compile else lambda function: function
         self.critic_loss, self.actor_loss = compiled(bptt_critic_loss), compiled(bptt_actor_loss)
         if args.cudagraphs:
-            self.update = Graphed(self.update)
+            self.act, self.update = Graphed(self.act), Graphed(self.update)
         # where the critic sees what the policy sees, one copy of it will do
         self.row_sizes = obs_dim, critic_dim if privileged else None, self.z_dim, action_dim
 
@@ -518,6 +522,11 @@ class BPTTSAC:
                 z = torch.where(has_them, self.actor.remember(*rows)[1], z)
         h, _ = self.actor.remember(batch.all_obs, z, batch.all_a_prev)
         return h[batch.row, batch.column], h[batch.row + 1, batch.column].detach()
+
+    @torch.no_grad()
+    def act(self, obs, z, a_prev):
+        """a [N, A] and z' [N, Z], with the noise of training."""
+        return self.actor.act(obs, z, a_prev)
 
     def update(self, buffer):
         """One gradient step of everything; returns what to log, as tensors on the device."""
@@ -782,7 +791,8 @@ def train(args):
     videos = f"{run_dir}/videos/training-{time.time():.0f}" if args.capture_video else None
     env = make_env(args, args.num_envs, videos)
     eval_env = make_env(args, min(args.eval_episodes, 8))
-    agent = Agent(args, *dimensions(env), device)
+    sizes = dimensions(env)
+    agent = Agent(args, *sizes, device)
     buffer = agent.make_buffer()
     global_step, seconds = 0, 0.0
     if args.resume:
@@ -819,7 +829,14 @@ def train(args):
     # as if the run had never stopped: `seconds` are those of training, without evaluations
     start_time, updates_due = time.time() - seconds, 0.0
     returns, metrics, result = collections.deque(maxlen=10), {}, {}
-    obs, _ = env.reset(seed=env_seed(args, global_step))  # a resumed run: new episodes
+    # what the agent acts on is written in place, where a graph reads it
+    both_obs = torch.zeros(args.num_envs, sum(sizes[:2]), device=device)
+    policy_obs, critic_obs = both_obs.split(sizes[:2], -1)
+
+    def see(obs):
+        both_obs.copy_(to_device(np.concatenate([obs["policy"], obs["critic"]], -1), device))
+
+    see(env.reset(seed=env_seed(args, global_step))[0])  # a resumed run: new episodes
     z = torch.zeros(args.num_envs, agent.z_dim, device=device)
     a_prev = torch.zeros(args.num_envs, agent.action_dim, device=device)
     first = np.ones(args.num_envs, dtype=bool)  # rows that begin an episode
@@ -829,9 +846,7 @@ def train(args):
     with writer, bar:
         writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
         while True:
-            policy_obs = to_device(obs["policy"], device)
-            with torch.no_grad():
-                action, z_next = agent.actor.act(policy_obs, z, a_prev)
+            action, z_next = agent.act(policy_obs, z, a_prev)
             if global_step < args.learning_starts:
                 action = 2 * torch.rand_like(action) - 1
             a = action.cpu().numpy()
@@ -841,7 +856,7 @@ def train(args):
                 metrics = agent.update(buffer)
                 updates_due -= 1
             next_obs, reward, terminated, truncated, info = env.step(a)
-            buffer.add(policy_obs, obs["critic"], z, action, reward, terminated, first)
+            buffer.add(policy_obs, critic_obs, z, action, reward, terminated, first)
 
             # a final row is no step: the environment ignores its action and begins anew ...
             last_step, env_step = global_step, global_step + np.cumsum(~final)
@@ -854,8 +869,10 @@ def train(args):
                 bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
             # ... and so does the memory
             keep = to_device(~final, device).unsqueeze(-1)
-            z, a_prev = z_next * keep, action * keep
-            obs, first, final = next_obs, final, terminated | truncated
+            torch.mul(z_next, keep, out=z)
+            torch.mul(action, keep, out=a_prev)
+            see(next_obs)
+            first, final = final, terminated | truncated
 
             if buffer.size >= args.learning_starts:
                 updates_due += args.utd * (global_step - last_step)

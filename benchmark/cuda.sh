@@ -1,18 +1,29 @@
 #!/usr/bin/env bash
-# Every speed table on a CUDA card: eager, captured, compiled and captured; two tasks, two batch sizes; and the
-# tests that need a card. About half an hour on one card; the tables go to benchmark/results/cuda/.
+# The tests that need a CUDA card, and the speed tables of one, to benchmark/results/cuda/. What matters most
+# comes first, so that a card that is there for ten minutes has its tables; with --compile it takes longer.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=benchmark/results/cuda
 mkdir -p "$out"
+
+table() { # NAME OPTIONS
+    python benchmark/update_time.py --device cuda "${@:2}" 2>&1 | tee "$out/$1.txt"
+}
+
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv > "$out/card.csv"
-python -m pytest -n 0 tests/test_cuda.py 2>&1 | tee "$out/tests.txt"
+python -m pytest -n 0 tests/test_cuda.py -k "not compile" 2>&1 | tee "$out/tests.txt"
 for env in Hopper-v4 Humanoid-v4; do
-    for mode in "" "--cudagraphs" "--compile --cudagraphs"; do
-        for batch in 256 4096; do
-            name=$(echo "$env$mode-$batch" | tr -d ' ')
-            python benchmark/update_time.py --env-id "$env" --device cuda --batch-size "$batch" $mode \
-                2>&1 | tee "$out/$name.txt"
-        done
-    done
+    table "$env" --env-id "$env" --algorithms sac runs
+    table "$env-graphs" --env-id "$env" --algorithms sac runs --cudagraphs
+    table "$env-4096" --env-id "$env" --algorithms sac --batch-size 4096 --rounds 5
+    table "$env-4096-graphs" --env-id "$env" --algorithms sac --batch-size 4096 --rounds 5 --cudagraphs
 done
+for env in Hopper-v4 Humanoid-v4; do
+    table "$env-td3-ppo" --env-id "$env" --algorithms td3 ppo --rounds 6
+    table "$env-td3-ppo-graphs" --env-id "$env" --algorithms td3 ppo --rounds 6 --cudagraphs
+done
+for env in Hopper-v4 Humanoid-v4; do
+    table "$env-compiled" --env-id "$env" --compile --cudagraphs --algorithms sac runs
+    table "$env-td3-ppo-compiled" --env-id "$env" --compile --cudagraphs --algorithms td3 ppo --rounds 6
+done
+python -m pytest -n 0 tests/test_cuda.py -k compile 2>&1 | tee "$out/tests-compile.txt"

@@ -150,7 +150,7 @@ def fill_rollout(agent, rollout, sizes, episode_length=1000):
     z = torch.zeros(n, agent.z_dim, device=agent.device)
     a_prev = torch.zeros(n, action_dim, device=agent.device)
     for step in range(len(rollout.first)):
-        obs, critic_obs = torch.randn(n, obs_dim), torch.randn(n, critic_dim)
+        obs, critic_obs = (torch.randn(n, d, device=agent.device) for d in (obs_dim, critic_dim))
         action, z_next, log_prob, value = agent.act(obs, critic_obs, z, a_prev)
         rollout.add(
             obs=obs, critic_obs=critic_obs, z=z, a_prev=a_prev, action=action, log_prob=log_prob,
@@ -223,7 +223,7 @@ def rollouts(args, num_envs, rows=512):
     for name, (module, variant) in variants.items():
         options = module.Args(
             env_id=args.env_id, hide="velocities", privileged_critic=True, num_envs=num_envs,
-            num_steps=rows // num_envs, **variant,
+            num_steps=rows // num_envs, cudagraphs=args.cudagraphs, **variant,
         )  # fmt: skip
         env = module.make_env(options, num_envs)
         agent = module.Agent(options, *module.dimensions(env), torch.device(args.device))
@@ -234,22 +234,37 @@ def rollouts(args, num_envs, rows=512):
 def collect(agent, env, rollout):
     """Fill a rollout, as `train` does."""
     n, device = env.num_envs, agent.device
-    obs, _ = env.reset()
+    see, policy_obs, critic_obs = eyes(env, device)
+    see(env.reset()[0])
     z = torch.zeros(n, agent.z_dim, device=device)
     a_prev = torch.zeros(n, agent.action_dim, device=device)
     first, final = np.ones(n, dtype=bool), np.zeros(n, dtype=bool)
     for _ in range(len(rollout.first) - 1):
-        action, z_next, log_prob, value = agent.act(obs["policy"], obs["critic"], z, a_prev)
+        action, z_next, log_prob, value = agent.act(policy_obs, critic_obs, z, a_prev)
         clipped = action.clamp(-1, 1)
         next_obs, reward, terminated, truncated, _ = env.step(clipped.cpu().numpy())
         rollout.add(
-            obs=obs["policy"], critic_obs=obs["critic"], z=z, a_prev=a_prev, action=action,
+            obs=policy_obs, critic_obs=critic_obs, z=z, a_prev=a_prev, action=action,
             log_prob=log_prob, value=value, reward=reward, terminated=terminated, first=first,
         )  # fmt: skip
-        keep = torch.as_tensor(~final, device=device).unsqueeze(-1)
-        z, a_prev = z_next * keep, clipped * keep
-        obs, first, final = next_obs, final, terminated | truncated
+        keep = s2pg_sac.to_device(~final, device).unsqueeze(-1)
+        torch.mul(z_next, keep, out=z)
+        torch.mul(clipped, keep, out=a_prev)
+        see(next_obs)
+        first, final = final, terminated | truncated
     rollout.clear()
+
+
+def eyes(env, device):
+    """A function that shows an observation, and where the policy and the critic then see it."""
+    sizes = list(s2pg_sac.dimensions(env)[:2])
+    both_obs = torch.zeros(env.num_envs, sum(sizes), device=device)
+
+    def see(obs):
+        both = np.concatenate([obs["policy"], obs["critic"]], -1)
+        both_obs.copy_(s2pg_sac.to_device(both, device))
+
+    return see, *both_obs.split(sizes, -1)
 
 
 def training_steps(args, num_envs):
@@ -264,13 +279,12 @@ def training_steps(args, num_envs):
     z = torch.zeros(num_envs, agent.z_dim, device=device)
     action = torch.zeros(num_envs, agent.action_dim, device=device)
     a = action.cpu().numpy()
-    env.reset()
+    see, policy_obs, critic_obs = eyes(env, device)
+    see(env.reset()[0])
 
-    @torch.no_grad()
     def act():
-        policy_obs = s2pg_sac.to_device(step.obs["policy"], device)
-        step.sample = agent.actor.act(policy_obs, z, action)
-        return step.sample[0].cpu().numpy()
+        see(step.obs)
+        return agent.act(policy_obs, z, action)[0].cpu().numpy()
 
     def update():
         for _ in range(num_envs):
@@ -281,8 +295,8 @@ def training_steps(args, num_envs):
         step.terminated, step.over = terminated, terminated | truncated
 
     def store():
-        row = step.obs["policy"], step.obs["critic"], z, action, step.reward
-        buffer.add(*row, step.terminated, step.over)
+        row = policy_obs, critic_obs, z, action, step.reward, step.terminated, step.over
+        buffer.add(*row)
 
     def whole():
         a = act()

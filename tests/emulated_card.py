@@ -3,9 +3,10 @@
 A tensor "on the card" is of a class of its own, around one on the CPU that does the arithmetic. So
 a run comes to just what it comes to on the CPU, if it goes to its end: an operation on tensors of
 both places is refused, as a card refuses it, and so is what a graph cannot capture (recording.py).
-What makes the host wait for the card is counted, by the innermost function of the script that does
-it; WAITS=FILE in the environment keeps these counts, as JSON. Neither speed is emulated, nor that
-host and card work at the same time.
+What the host does for the card is counted, by the innermost function of the script that does it:
+waits for it, copies to it, and launches, of operations and of graphs. COUNTS=FILE in the
+environment keeps these counts, as JSON. Neither speed is emulated, nor that host and card work at
+the same time.
 """
 
 import collections
@@ -26,7 +27,37 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 _setup_privateuseone_for_python_backend("card")  # for autograd, which has to know the device
 CARD = torch.device("card", 0)  # the script calls it cuda:0
 COPY = torch.ops.aten.copy_
-WAITS = collections.Counter()
+COUNTS = {kind: collections.Counter() for kind in ("waits", "copies", "launches")}
+
+
+def count(kind):
+    frame = sys._getframe()
+    names = []
+    while frame is not None:
+        if frame.f_code.co_filename == sys.argv[0] and frame.f_code.co_name != "to_device":
+            names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    COUNTS[kind][names[0] if names else "backward"] += 1  # which has a thread of its own
+
+
+class Graph(Recording):
+    """Whatever is in it, a replay is one launch."""
+
+    within = False
+
+    def __enter__(self):
+        Graph.within = True
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        Graph.within = False
+        return super().__exit__(*error)
+
+    def replay(self):
+        count("launches")
+        Graph.within = True
+        super().replay()
+        Graph.within = False
 
 
 class OnCard(torch.Tensor):
@@ -76,10 +107,11 @@ def dispatch(function, args, kwargs):
         refuse_mixed(function, operands)
     masked = name.startswith("index") and any(x.dtype == torch.bool for x in operands[1:])
     if from_card and (not to_card or masked or name == "_local_scalar_dense"):
-        frame = sys._getframe()
-        while frame.f_code.co_filename != sys.argv[0]:
-            frame = frame.f_back
-        WAITS[frame.f_code.co_name] += 1
+        count("waits")
+    elif name in ("copy_", "_to_copy") and to_card and not isinstance(operands[-1], OnCard):
+        count("copies")
+    elif to_card and not function.is_view and not name.startswith("empty") and not Graph.within:
+        count("launches")
 
     result = function(*tree_map(on_host, args), **tree_map(on_host, kwargs))
     known = {id(on_host(x)): x for x in operands}  # what was changed in place stays the same object
@@ -161,16 +193,16 @@ def main():
         # there is one generator, that of the CPU
         get_rng_state=lambda device: torch.get_rng_state(),
         set_rng_state=lambda state, device: torch.set_rng_state(state),
-        CUDAGraph=Recording, graph=lambda recording: recording, Stream=NoStream,
+        CUDAGraph=Graph, graph=lambda recording: recording, Stream=NoStream,
         current_stream=NoStream, stream=lambda stream: contextlib.nullcontext(),
     )  # fmt: skip
     sys.argv = [os.path.abspath(sys.argv[1]), *sys.argv[2:]]
     sys.path.insert(0, os.path.dirname(sys.argv[0]))
     with mock.patch.multiple(torch.cuda, **cuda), Names(), Dispatch():
         runpy.run_path(sys.argv[0], run_name="__main__")
-    if "WAITS" in os.environ:
-        with open(os.environ["WAITS"], "w") as file:
-            json.dump(WAITS, file)
+    if "COUNTS" in os.environ:
+        with open(os.environ["COUNTS"], "w") as file:
+            json.dump(COUNTS, file)
 
 
 if __name__ == "__main__":

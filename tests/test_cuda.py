@@ -56,7 +56,8 @@ def row(step, device):
     obs, critic_obs, action = (torch.randn(1, d, generator=generator) for d in (o, s, a))
     terminated = np.array([step % 7 == 5 and step % 2 == 0])
     first, reward = np.array([step % 7 == 0]), np.array([float(step % 3)])
-    return obs.to(device), critic_obs, torch.tanh(action).to(device), reward, terminated, first
+    seen = obs.to(device), critic_obs.to(device)
+    return *seen, torch.tanh(action).to(device), reward, terminated, first
 
 
 def add(buffer, step):
@@ -152,6 +153,27 @@ def assert_same(one, other, **tolerance):
         torch.testing.assert_close(value, other_metrics[name], msg=name, **tolerance)
 
 
+def acting(script, device=CPU, **options):
+    """What an agent does in twelve steps: its inputs are written in place, as in `train`."""
+    torch.manual_seed(1)
+    agent = script.Agent(script.Args(state_dim=4, **options), *SIZES, True, device)
+    seen = [torch.zeros(1, size, device=device) for size in SIZES[: 1 + (script not in OFF_POLICY)]]
+    z, a_prev = (torch.zeros(1, size, device=device) for size in (agent.z_dim, SIZES[2]))
+    done = []
+    for step in range(12):
+        for obs, new in zip(seen, row(step, device)):
+            obs.copy_(new)
+        if step == 8:  # as an update would
+            with torch.no_grad():
+                for p in agent.actor.parameters():
+                    p.mul_(1.5)
+        action, z_next, *rest = agent.act(*seen, z, a_prev)
+        done.append([x.clone() for x in (action, z_next, *rest)])
+        z.copy_(z_next)
+        a_prev.copy_(action.clamp(-1, 1))
+    return done
+
+
 VARIANTS = [
     (s2pg_sac, {}), (s2pg_sac, dict(memoryless=True)), (s2pg_sac, dict(rnn="lstm")),
     (s2pg_td3, dict(policy_frequency=2)), (s2pg_td3, dict(policy_frequency=1)),
@@ -201,6 +223,15 @@ def test_a_graph_for_each_size_of_the_minibatches(graphs):
         assert log_ratio.shape == (size,)
     assert len(agent.learn.graphs) == 3 and len(graphs) == 3
     assert any(not torch.equal(v, before[k]) for k, v in agent.actor.state_dict().items())
+
+
+@each(*OFF_POLICY, *ON_POLICY, bptt_ppo)
+def test_a_replayed_action_is_the_action(script, graphs):
+    eager, replayed = acting(script), acting(script, cudagraphs=True)
+    (graph,) = graphs
+    assert graph.replays == 12 - 3
+    for one, other in zip(eager, replayed):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -326,7 +357,11 @@ needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 @needs_card
 @pytest.mark.parametrize("script, options", VARIANTS)
-@pytest.mark.parametrize("mode", [dict(cudagraphs=True), dict(compile=True, cudagraphs=True)])
+@pytest.mark.parametrize(
+    "mode",
+    [dict(cudagraphs=True), dict(compile=True, cudagraphs=True)],
+    ids=["captured", "compiled"],
+)
 @same_random_numbers
 def test_on_a_card_a_replayed_update_is_the_update(script, options, mode):
     eager = off_policy(script, 8, torch.device("cuda"), **options)
@@ -340,6 +375,15 @@ def test_on_a_card_a_replayed_minibatch_is_the_minibatch(script):
     eager = on_policy(script, 3, torch.device("cuda"))
     other = on_policy(script, 3, torch.device("cuda"), cudagraphs=True)
     assert_same(eager, other, rtol=1e-3, atol=1e-4)
+
+
+@needs_card
+@each(*OFF_POLICY, *ON_POLICY, bptt_ppo)
+def test_on_a_card_a_replayed_action_is_the_action(script):
+    card = torch.device("cuda")
+    for one, other in zip(acting(script, card), acting(script, card, cudagraphs=True)):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 @needs_card

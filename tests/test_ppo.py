@@ -248,7 +248,8 @@ def train(script, tmp_path, monkeypatch, **options):
 
     class Watched(script.Agent):
         def act(self, *inputs):
-            acts.append((inputs, super().act(*inputs)))
+            # `train` writes the next ones into the same memory
+            acts.append(([x.clone() for x in inputs], super().act(*inputs)))
             return acts[-1][1]
 
         def update(self, rollout):
@@ -282,20 +283,22 @@ def test_a_rollout_holds_what_was_seen_remembered_and_done(script, task, tmp_pat
     rollouts, acts, steps = train(script, tmp_path, monkeypatch, **task, std=0.8)
     assert [len(rows["first"]) for rows in rollouts[:2]] == [21, 21] and len(rollouts) >= 3
     first, final, z, a_prev = np.ones(3, bool), np.zeros(3, bool), 0.0, 0.0
-    acts, steps, ends = iter(acts), iter(steps), []
+    acts, steps, ends, seen = iter(acts), iter(steps), [], None
     for rows in rollouts:
         for t in range(len(rows["first"])):
             (obs, critic_obs, *memory), (action, z_next, log_prob, value) = next(acts)
             expected = dict(z=memory[0], value=value, first=torch.tensor(first))
             assert (memory[0] == z).all() and (memory[1] == a_prev).all()
+            if seen is not None:
+                assert (obs.numpy() == seen["policy"]).all()
+                assert (critic_obs.numpy() == seen["critic"]).all()
             if t == len(rows["first"]) - 1:
                 assert all(torch.equal(rows[k][t], v) for k, v in expected.items())
                 break  # the next rollout begins with this row
-            played, (_, reward, terminated, truncated, _) = next(steps)
+            played, (seen, reward, terminated, truncated, _) = next(steps)
             expected |= dict(
-                obs=torch.tensor(obs), critic_obs=torch.tensor(critic_obs), a_prev=memory[1],
-                action=action, log_prob=log_prob, reward=torch.tensor(reward).float(),
-                terminated=torch.tensor(terminated),
+                obs=obs, critic_obs=critic_obs, a_prev=memory[1], action=action, log_prob=log_prob,
+                reward=torch.tensor(reward).float(), terminated=torch.tensor(terminated),
             )  # fmt: skip
             for name, value in expected.items():
                 assert torch.equal(rows[name][t], value), name

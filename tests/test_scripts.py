@@ -809,6 +809,55 @@ def test_actions_are_recorded_in_the_units_of_the_environment():
     np.testing.assert_allclose(episode["actions"], 0.25 * 3.0)  # its actions reach from -3 to 3
 
 
+@each(*OFF_POLICY)
+def test_the_buffer_holds_what_the_environments_showed(script, tmp_path, monkeypatch):
+    """To the policy and to the critic, across episodes; and what it gave for the actions there."""
+    monkeypatch.chdir(tmp_path)
+    buffers, rows, given = [], [], []
+    make_buffer, make_env = script.Agent.make_buffer, script.make_env
+
+    def watched_env(*args):
+        env = make_env(*args)
+        reset, step = env.reset, env.step
+        if not rows:  # the second one is for the evaluation
+            rows.append(None)
+
+            def watched_reset(**options):
+                rows[0], info = reset(**options)
+                return rows[0], info
+
+            def watched_step(action):
+                result = step(action)
+                rows.append(result[0])
+                given.append(result[1:3])
+                return result
+
+            monkeypatch.setattr(env, "reset", watched_reset)
+            monkeypatch.setattr(env, "step", watched_step)
+        return env
+
+    monkeypatch.setattr(
+        script.Agent, "make_buffer", lambda self: buffers.append(make_buffer(self)) or buffers[0]
+    )
+    monkeypatch.setattr(script, "make_env", watched_env)
+    options = dict(
+        env_id="InvertedPendulum-v4", env_kwargs={}, hide="velocities", num_envs=2,
+        learning_starts=1000 - 4, total_timesteps=80,
+    )  # fmt: skip
+    if script is s2pg_lsiq:
+        options["demonstrations"] = None  # those of envs/demonstrations
+    script.train(dataclasses.replace(quick_args(script), **options))
+    (buffer,) = buffers
+    n, rows = 2 * len(given), rows[: len(given)]
+    assert buffer.written == len(given) >= 40 and 4 < buffer.first[:n].sum() < 40
+    for name, column in (("policy", buffer.obs), ("critic", buffer.critic_obs)):
+        assert np.array_equal(np.concatenate([row[name] for row in rows]), column[:n])
+    reward, terminated = (np.concatenate(x) for x in zip(*given))
+    if script is not s2pg_lsiq:  # which is not told
+        assert np.array_equal(reward.astype(np.float32), buffer.reward[:n])
+    assert np.array_equal(terminated, buffer.terminated[:n]) and terminated.any()
+
+
 def test_training_resets_memory_and_previous_action_with_the_episode(tmp_path, monkeypatch):
     """An episode of T steps fills T + 1 rows; the next begins with zeros."""
     monkeypatch.chdir(tmp_path)
@@ -1018,8 +1067,8 @@ def test_your_own_environment_trains(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card, and none to emulate")
 @each(*OFF_POLICY, *ON_POLICY)
 def test_a_run_on_a_card_is_the_run_on_the_cpu(script, tmp_path, monkeypatch):
-    """Begun, stopped and resumed, with graphs; and the host waits for the card where it has to."""
-    monkeypatch.setenv("WAITS", "waits.json")
+    """Begun, stopped and resumed, with graphs; and the host does little for a row."""
+    monkeypatch.setenv("COUNTS", "counts.json")
     off_policy = script in OFF_POLICY
     options = [*quick_options(script), "--total-timesteps", 40]
     options += ["--save-buffer"] if off_policy else []
@@ -1033,7 +1082,8 @@ def test_a_run_on_a_card_is_the_run_on_the_cpu(script, tmp_path, monkeypatch):
         (path,) = cwd.glob("runs/*")
         states[place] = [torch.load(path / "checkpoint.pt", weights_only=True)]
         if on_card:
-            waits = json.loads((cwd / "waits.json").read_text())
+            counts = json.loads((cwd / "counts.json").read_text())
+            waits, copies, launches = (counts[k] for k in ("waits", "copies", "launches"))
         more = ["--resume", path, "--total-timesteps", 60]
         status, _, err = run(script, *more, cwd=cwd, on_card=on_card)
         assert status == 0, err
@@ -1046,9 +1096,13 @@ def test_a_run_on_a_card_is_the_run_on_the_cpu(script, tmp_path, monkeypatch):
                     assert torch.equal(one, other), name
                     compared += 1
         assert compared > 30
+    rows = copies["train"]  # whether their memory is kept
+    assert copies["see"] == rows + 1 and launches["__call__"] >= rows - 3  # graphs of acting
     if off_policy:  # to learn what to do, once a row; there is nothing to log in so few steps
-        rows = int(states["cpu"][0]["buffer"]["counters"][3])
-        assert waits.pop("train") == rows
+        assert rows == int(states["cpu"][0]["buffer"]["counters"][3]) == waits.pop("train")
         assert not waits.keys() - {"make_expert_buffer", "evaluate", "check_finite"}
+        expert = launches["add"] - 3 * rows  # rows of LSIQ's expert
+        assert copies["add"] == 2 * launches["add"] / 3 and (expert > 0) == (script is s2pg_lsiq)
     else:
+        assert "add" not in copies and launches["add"] < 8 * rows
         assert not waits.keys() & {"learn", "act", "add", "Graphed"}

@@ -574,7 +574,8 @@ class Graphed:
 
     All its kernels then take one launch. A replay repeats the kernels and not the Python, so what
     changes between two calls must lie in tensors that are written in place; and it overwrites
-    what the call before returned. There is one graph for each combination of arguments.
+    what the call before returned. There is one graph for each combination of arguments, of which
+    tensors have to be the same objects.
     """
 
     def __init__(self, function):

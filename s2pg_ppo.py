@@ -300,7 +300,7 @@ class Rollout:
         self.z, self.a_prev = rows(z_dim), rows(action_dim)
         self.action = rows(action_dim)  # the sample, before it is clipped
         self.log_prob, self.value = rows(), rows()
-        # what the environment reports goes to the device once a rollout, and not row by row
+        # rewards and ends of episodes go to the device once a rollout, and not row by row
         self.reward = rows(device="cpu")
         self.terminated, self.first = (rows(dtype=torch.bool, device="cpu") for _ in range(2))
         self.length, self.device = 0, device
@@ -523,7 +523,8 @@ class Graphed:
 
     All its kernels then take one launch. A replay repeats the kernels and not the Python, so what
     changes between two calls must lie in tensors that are written in place; and it overwrites
-    what the call before returned. There is one graph for each combination of arguments.
+    what the call before returned. There is one graph for each combination of arguments, of which
+    tensors have to be the same objects.
     """
 
     def __init__(self, function):

@@ -38,6 +38,8 @@ SCRIPTS = [path.stem for path in sweep.ROOT.glob("*.py") if path.stem.startswith
 class Args:
     claims: tyro.conf.Positional[tuple[str, ...]] = ()
     """names of claims.py"""
+    seeds: tuple[int, ...] = ()
+    """by default those of the claim"""
     out: str = "runs/sweep"
     """the folder that sweep.py ran them in"""
     cuda: bool = False
@@ -153,7 +155,7 @@ def write(rows, path, add=False):
 def collect_claim(name, args):
     """The CSV of what is finished of a claim. ValueError if nothing is."""
     rows, claim = [], CLAIMS[name]
-    for run in sweep.runs_of(claim, args.out, cuda=args.cuda):
+    for run in sweep.runs_of(claim, args.out, args.seeds, cuda=args.cuda):
         if not sweep.is_done(run):
             print(f"not finished: {run.label}, {run.folder.name}")
             continue

@@ -11,7 +11,8 @@ table() { # NAME OPTIONS
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv > "$out/card.csv"
-python -m pytest -n 0 tests/test_cuda.py -k "not compile" 2>&1 | tee "$out/tests.txt"
+python -m pytest -n 0 tests/test_cuda.py tests/test_scripts.py -k "card and not compiled" 2>&1 |
+    tee "$out/tests.txt"
 for env in Hopper-v4 Humanoid-v4; do
     table "$env" --env-id "$env" --algorithms sac runs
     table "$env-graphs" --env-id "$env" --algorithms sac runs --cudagraphs
@@ -26,4 +27,4 @@ for env in Hopper-v4 Humanoid-v4; do
     table "$env-compiled" --env-id "$env" --compile --cudagraphs --algorithms sac runs
     table "$env-td3-ppo-compiled" --env-id "$env" --compile --cudagraphs --algorithms td3 ppo --rounds 6
 done
-python -m pytest -n 0 tests/test_cuda.py -k compile 2>&1 | tee "$out/tests-compile.txt"
+python -m pytest -n 0 tests/test_cuda.py -k compiled 2>&1 | tee "$out/tests-compiled.txt"

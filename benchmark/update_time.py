@@ -21,6 +21,7 @@ import itertools
 import platform
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Literal
 
@@ -147,17 +148,19 @@ def pieces(agent, buffer):
 def fill_rollout(agent, rollout, sizes, episode_length=1000):
     """Rows of random observations, with what the agent does there and episodes of 1000 steps."""
     n, (obs_dim, critic_dim, action_dim) = rollout.first.shape[1], sizes
-    z = torch.zeros(n, agent.z_dim, device=agent.device)
-    a_prev = torch.zeros(n, action_dim, device=agent.device)
+    inputs = obs_dim, critic_dim, agent.z_dim, action_dim
+    obs, critic_obs, z, a_prev = (torch.zeros(n, dim, device=agent.device) for dim in inputs)
     for step in range(len(rollout.first)):
-        obs, critic_obs = (torch.randn(n, d, device=agent.device) for d in (obs_dim, critic_dim))
+        obs.normal_()
+        critic_obs.normal_()
         action, z_next, log_prob, value = agent.act(obs, critic_obs, z, a_prev)
         rollout.add(
             obs=obs, critic_obs=critic_obs, z=z, a_prev=a_prev, action=action, log_prob=log_prob,
             value=value, reward=torch.randn(n), terminated=torch.zeros(n, dtype=torch.bool),
             first=torch.full((n,), step % (episode_length + 1) == 0),
         )  # fmt: skip
-        z, a_prev = z_next, action.clamp(-1, 1)
+        z.copy_(z_next)
+        torch.clamp(action, -1, 1, out=a_prev)
 
 
 def off_policy(script, bptt, sizes, args):
@@ -227,48 +230,61 @@ def rollouts(args, num_envs, rows=512):
         )  # fmt: skip
         env = module.make_env(options, num_envs)
         agent = module.Agent(options, *module.dimensions(env), torch.device(args.device))
-        steps[name] = functools.partial(collect, agent, env, agent.make_rollout())
+        inputs = Inputs(env, agent)
+        steps[name] = functools.partial(collect, agent, env, agent.make_rollout(), inputs)
     return steps
 
 
-def collect(agent, env, rollout):
+class Inputs:
+    """What an agent acts on, written in place as `train` does."""
+
+    def __init__(self, env, agent):
+        self.device, sizes = agent.device, list(s2pg_sac.dimensions(env)[:2])
+
+        def zeros(dim):
+            return torch.zeros(env.num_envs, dim, device=agent.device)
+
+        self.both_obs = zeros(sum(sizes))
+        self.policy_obs, self.critic_obs = self.both_obs.split(sizes, -1)
+        self.z, self.a_prev = zeros(agent.z_dim), zeros(agent.action_dim)
+
+    def see(self, obs):
+        both = np.concatenate([obs["policy"], obs["critic"]], -1)
+        self.both_obs.copy_(s2pg_sac.to_device(both, self.device))
+
+    def remember(self, z, action, final):
+        """Nothing, where the row was a `final` one."""
+        keep = s2pg_sac.to_device(~final, self.device).unsqueeze(-1)
+        torch.mul(z, keep, out=self.z)
+        torch.mul(action, keep, out=self.a_prev)
+
+
+def collect(agent, env, rollout, inputs):
     """Fill a rollout, as `train` does."""
-    n, device = env.num_envs, agent.device
-    see, policy_obs, critic_obs = eyes(env, device)
-    see(env.reset()[0])
-    z = torch.zeros(n, agent.z_dim, device=device)
-    a_prev = torch.zeros(n, agent.action_dim, device=device)
+    n = env.num_envs
+    inputs.see(env.reset()[0])
+    inputs.remember(inputs.z, inputs.a_prev, np.ones(n, dtype=bool))
     first, final = np.ones(n, dtype=bool), np.zeros(n, dtype=bool)
     for _ in range(len(rollout.first) - 1):
-        action, z_next, log_prob, value = agent.act(policy_obs, critic_obs, z, a_prev)
+        seen = inputs.policy_obs, inputs.critic_obs, inputs.z, inputs.a_prev
+        action, z_next, log_prob, value = agent.act(*seen)
         clipped = action.clamp(-1, 1)
         next_obs, reward, terminated, truncated, _ = env.step(clipped.cpu().numpy())
         rollout.add(
-            obs=policy_obs, critic_obs=critic_obs, z=z, a_prev=a_prev, action=action,
+            **dict(zip(("obs", "critic_obs", "z", "a_prev"), seen)), action=action,
             log_prob=log_prob, value=value, reward=reward, terminated=terminated, first=first,
         )  # fmt: skip
-        keep = s2pg_sac.to_device(~final, device).unsqueeze(-1)
-        torch.mul(z_next, keep, out=z)
-        torch.mul(clipped, keep, out=a_prev)
-        see(next_obs)
+        inputs.remember(z_next, clipped, final)
+        inputs.see(next_obs)
         first, final = final, terminated | truncated
     rollout.clear()
 
 
-def eyes(env, device):
-    """A function that shows an observation, and where the policy and the critic then see it."""
-    sizes = list(s2pg_sac.dimensions(env)[:2])
-    both_obs = torch.zeros(env.num_envs, sum(sizes), device=device)
-
-    def see(obs):
-        both = np.concatenate([obs["policy"], obs["critic"]], -1)
-        both_obs.copy_(s2pg_sac.to_device(both, device))
-
-    return see, *both_obs.split(sizes, -1)
-
-
 def training_steps(args, num_envs):
-    """{part: do it once} of S2PG-SAC's training with `num_envs` environments, and of the whole."""
+    """{part: do it once} of S2PG-SAC's training with `num_envs` environments, and of the whole.
+
+    To store a row is to show the agent the next observation and memory as well.
+    """
     options = s2pg_sac.Args(
         env_id=args.env_id, hide="velocities", num_envs=num_envs, batch_size=args.batch_size,
         buffer_size=20_000, compile=args.compile, cudagraphs=args.cudagraphs,
@@ -276,35 +292,34 @@ def training_steps(args, num_envs):
     env, device = s2pg_sac.make_env(options, num_envs), torch.device(args.device)
     agent = s2pg_sac.Agent(options, *s2pg_sac.dimensions(env), device)
     buffer = fill(agent.make_buffer(), 10_000 // num_envs, agent.action_dim)
-    z = torch.zeros(num_envs, agent.z_dim, device=device)
-    action = torch.zeros(num_envs, agent.action_dim, device=device)
-    a = action.cpu().numpy()
-    see, policy_obs, critic_obs = eyes(env, device)
-    see(env.reset()[0])
+    inputs, now = Inputs(env, agent), types.SimpleNamespace()
+    inputs.see(env.reset()[0])
 
     def act():
-        see(step.obs)
-        return agent.act(policy_obs, z, action)[0].cpu().numpy()
+        now.action, now.z = agent.act(inputs.policy_obs, inputs.z, inputs.a_prev)
+        now.a = now.action.cpu().numpy()
 
     def update():
         for _ in range(num_envs):
             agent.update(buffer)
 
-    def step(a=a):
-        step.obs, step.reward, terminated, truncated, _ = env.step(a)
-        step.terminated, step.over = terminated, terminated | truncated
+    def step():
+        now.obs, now.reward, now.terminated, truncated, _ = env.step(now.a)
+        now.over = now.terminated | truncated
 
     def store():
-        row = policy_obs, critic_obs, z, action, step.reward, step.terminated, step.over
-        buffer.add(*row)
+        row = inputs.policy_obs, inputs.critic_obs, inputs.z, now.action, now.reward
+        buffer.add(*row, now.terminated, now.over)
+        inputs.remember(now.z, now.action, now.over)
+        inputs.see(now.obs)
 
     def whole():
-        a = act()
+        act()
         update()
-        step(a)
+        step()
         store()
 
-    step()
+    act()
     parts = {"environment": step, "acting": act, "storing": store, "updates": update}
     return parts | {"whole step": whole}
 

@@ -32,16 +32,20 @@ COUNTS = {kind: collections.Counter() for kind in ("waits", "copies", "launches"
 
 def count(kind):
     frame = sys._getframe()
-    names = []
     while frame is not None:
-        if frame.f_code.co_filename == sys.argv[0] and frame.f_code.co_name != "to_device":
-            names.append(frame.f_code.co_name)
+        name = frame.f_code.co_name
+        if frame.f_code.co_filename == sys.argv[0] and name != "to_device":
+            break
         frame = frame.f_back
-    COUNTS[kind][names[0] if names else "backward"] += 1  # which has a thread of its own
+    else:
+        name = "backward"  # which has a thread of its own
+    if name == "__call__":
+        name = f"replay of {frame.f_locals['self'].function.__name__}"
+    COUNTS[kind][name] += 1
 
 
 class Graph(Recording):
-    """Whatever is in it, a replay is one launch."""
+    """Whatever is in it, a replay is one launch (and on CUDA two more if it has random numbers)."""
 
     within = False
 

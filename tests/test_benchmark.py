@@ -317,6 +317,8 @@ def test_submitit_takes_the_same_way(tmp_path):
     assert not any(map(sweep.is_done, smoke(tmp_path, seeds=(1,))))
     status, out, err = run("collect", "smoke", "--results", ".", cwd=tmp_path)
     assert status == 0 and out.count("not finished") == 2
+    status, out, err = run("collect", "smoke", "--results", ".", "--seeds", 2, cwd=tmp_path)
+    assert status == 0 and "not finished" not in out
     with open(tmp_path / "smoke.csv", newline="") as file:
         assert {row["seed"] for row in csv.DictReader(file)} == {"2"}
 

@@ -388,11 +388,15 @@ def test_on_a_card_a_replayed_action_is_the_action(script):
 
 @needs_card
 @each(*OFF_POLICY)
-def test_on_a_card_an_update_does_not_wait_for_it(script):
+def test_on_a_card_neither_an_update_nor_storing_a_row_waits_for_it(script):
     agent, buffers, _ = off_policy(script, 2, torch.device("cuda"))
+    rows = [row(step, torch.device("cuda")) for step in range(32, 34)]
+    z = torch.zeros(1, agent.z_dim, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(2):  # the second one of TD3 moves everything
+        for obs, critic_obs, action, *numbers in rows:  # the second one of TD3 moves everything
             agent.update(*buffers)
+            buffers[0].add(obs, critic_obs, z, action, *numbers)
+            agent.act(obs, z, action)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -842,7 +842,7 @@ def test_the_buffer_holds_what_the_environments_showed(script, tmp_path, monkeyp
     monkeypatch.setattr(script, "make_env", watched_env)
     options = dict(
         env_id="InvertedPendulum-v4", env_kwargs={}, hide="velocities", num_envs=2,
-        learning_starts=1000 - 4, total_timesteps=80,
+        learning_starts=100, total_timesteps=80,
     )  # fmt: skip
     if script is s2pg_lsiq:
         options["demonstrations"] = None  # those of envs/demonstrations
@@ -1064,6 +1064,20 @@ def test_your_own_environment_trains(tmp_path):
         assert ("my_robot.py" in result.stderr) == dev_mode
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card")
+@pytest.mark.parametrize("mode", ["--no-cudagraphs", "--cudagraphs"])
+@each(*OFF_POLICY, *ON_POLICY)
+def test_a_run_on_a_card(script, mode, tmp_path):
+    """Begun, evaluated, stopped and resumed."""
+    status, out, err = run(
+        script, *quick_options(script), mode, "--total-timesteps", 40, cwd=tmp_path
+    )
+    assert status == 0 and "return at step 40" in out, err
+    more = ["--resume", only_run(tmp_path), "--total-timesteps", 60]
+    status, out, err = run(script, *more, cwd=tmp_path)
+    assert status == 0 and "return at step 60" in out, err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card, and none to emulate")
 @each(*OFF_POLICY, *ON_POLICY)
 def test_a_run_on_a_card_is_the_run_on_the_cpu(script, tmp_path, monkeypatch):
@@ -1096,13 +1110,17 @@ def test_a_run_on_a_card_is_the_run_on_the_cpu(script, tmp_path, monkeypatch):
                     assert torch.equal(one, other), name
                     compared += 1
         assert compared > 30
-    rows = copies["train"]  # whether their memory is kept
-    assert copies["see"] == rows + 1 and launches["__call__"] >= rows - 3  # graphs of acting
+    rows = copies["train"]  # one copy for each tells where the memory begins anew
+    assert copies["see"] == launches["see"] == rows + 1
     if off_policy:  # to learn what to do, once a row; there is nothing to log in so few steps
         assert rows == int(states["cpu"][0]["buffer"]["counters"][3]) == waits.pop("train")
         assert not waits.keys() - {"make_expert_buffer", "evaluate", "check_finite"}
         expert = launches["add"] - 3 * rows  # rows of LSIQ's expert
         assert copies["add"] == 2 * launches["add"] / 3 and (expert > 0) == (script is s2pg_lsiq)
+        assert launches["replay of act"] == rows - 3
+        # and three for an action at random, in the 24 rows of the first 20 steps
+        assert launches["train"] == 2 * rows + 3 * 24
     else:
         assert "add" not in copies and launches["add"] < 8 * rows
-        assert not waits.keys() & {"learn", "act", "add", "Graphed"}
+        assert launches["replay of act"] > rows - 3 and launches["train"] < 4 * rows
+        assert not waits.keys() & {"learn", "act", "add"}

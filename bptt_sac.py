@@ -368,7 +368,10 @@ class RowBuffer:
         )  # fmt: skip
 
     def load_state_dict(self, state):
-        """Take over a saved buffer; ValueError if it has other slots or environments."""
+        """Take over a saved buffer, or its columns, as earlier versions saved them.
+
+        ValueError if it has other slots or environments.
+        """
         head, size, cursor, written = state["counters"].tolist()
         slots, rows = len(state["links"]), len(state["transitions"])
         if slots != self.slots or rows != written * self.num_envs:

@@ -535,6 +535,23 @@ def tensors_of(batch):
             yield value
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_buffer_that_was_saved_in_columns_is_loaded(shared):
+    """As earlier versions did."""
+    stream = long_stream()
+    buffer, other = (make_buffer(TransitionBuffer, stream, shared) for _ in range(2))
+    list(play(buffer, stream, times=20))
+    state = buffer.state_dict()
+    names = "obs", "critic_obs", "z", "action", "reward", "terminated", "first"
+    state |= dict(zip(names, buffer.columns(state.pop("rows"))))
+    state |= dict(terminated=state["terminated"].bool(), first=state["first"].bool())
+    if shared:
+        del state["critic_obs"]
+    other.load_state_dict(state)
+    for name, value in buffer.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
 def test_a_buffer_of_another_size_is_not_loaded():
     stream = long_stream()
     buffer = make_buffer(TransitionBuffer, stream)

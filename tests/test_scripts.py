@@ -664,7 +664,7 @@ def test_a_checkpoint_restores_everything(script, tmp_path, monkeypatch):
     assert again.keys() == flat(saved).keys()
     names = " ".join(again)
     parts = ["parts/actor", "parts/critic", "exp_avg_sq", "rng", *SAVED[script]]
-    for part in parts + ["buffer/z", "buffer/transitions"] * bool(saves_buffer):
+    for part in parts + ["buffer/rows", "buffer/transitions"] * bool(saves_buffer):
         assert part in names, part
     assert all(torch.equal(again[k], flat(saved)[k]) for k in again)
 

@@ -161,6 +161,20 @@ class Args:
     """on CUDA: capture acting and the step of a minibatch as graphs, and replay each with one
     launch"""
 
+    def limits(self):
+        """The least and the largest value of each number, and what else they depend on."""
+        inf = math.inf
+        return dict(
+            seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf),
+            state_dim=(1, inf),
+            std=(1e-9, inf), std_z=(1e-9, inf),
+            learning_rate=(0, inf), num_steps=(2, inf), num_minibatches=(1, inf),
+            update_epochs=(1, inf), gamma=(0, 1 - 1e-9), gae_lambda=(0, 1), clip_coef=(1e-9, inf),
+            ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf), target_kl=(0, inf),
+            checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
+            num_threads=(1, inf),
+        )  # fmt: skip
+
 
 # Defaults that differ by task; options on the command line come before these.
 TUNED = {
@@ -899,7 +913,7 @@ def parse_args():
         try:
             with open(path) as file:
                 defaults = Args(**json.load(file))
-                limits(defaults)  # TypeError for what is no number
+                defaults.limits()  # TypeError for what is no number
                 defaults.capture_video &= args.evaluate is None
         except FileNotFoundError:
             raise ValueError(f"{run_dir} is no run: it holds no args.json") from None
@@ -912,24 +926,9 @@ def parse_args():
     return args
 
 
-def limits(args):
-    """The least and the largest value of each number among `args`, and what else they depend on."""
-    inf = math.inf
-    return dict(
-        seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf),
-        state_dim=(1, inf),
-        std=(1e-9, inf), std_z=(1e-9, inf),
-        learning_rate=(0, inf), num_steps=(2, inf), num_minibatches=(1, inf),
-        update_epochs=(1, inf), gamma=(0, 1 - 1e-9), gae_lambda=(0, 1), clip_coef=(1e-9, inf),
-        ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf), target_kl=(0, inf),
-        checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
-        num_threads=(1, inf),
-    )  # fmt: skip
-
-
 def check_args(args):
     """ValueError for an option that is out of range, or makes no sense beside another."""
-    for name, (low, high, *others) in limits(args).items():
+    for name, (low, high, *others) in args.limits().items():
         value = getattr(args, name)
         if value is not None and not (isinstance(value, int | float) and low <= value <= high):
             option = "--" + name.replace("_", "-")

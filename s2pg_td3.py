@@ -159,6 +159,23 @@ class Args:
     cudagraphs: bool = False
     """on CUDA: capture acting and an update as graphs, and replay each with one launch"""
 
+    def limits(self):
+        """The least and the largest value of each number, and what else they depend on."""
+        inf = math.inf
+        return dict(
+            seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf),
+            state_dim=(1, inf),
+            exploration_noise=(0, inf), exploration_noise_z=(0, inf), policy_noise=(0, inf),
+            noise_clip=(0, inf), policy_frequency=(1, inf),
+            buffer_size=(6 * self.num_envs, inf), gamma=(0, 1 - 1e-9), tau=(1e-9, 1),
+            batch_size=(1, inf),
+            # episodes of a single step fill two rows, one of them a transition
+            learning_starts=(1, self.buffer_size // 2 - 2 * self.num_envs, "buffer_size"),
+            utd=(0, 1e6), actor_lr=(0, inf), critic_lr=(0, inf),
+            checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
+            num_threads=(1, inf),
+        )  # fmt: skip
+
 
 # Defaults that differ by task; options on the command line come before these.
 TUNED = {
@@ -885,7 +902,7 @@ def parse_args():
         try:
             with open(path) as file:
                 defaults = Args(**json.load(file))
-                limits(defaults)  # TypeError for what is no number
+                defaults.limits()  # TypeError for what is no number
                 defaults.capture_video &= args.evaluate is None
         except FileNotFoundError:
             raise ValueError(f"{run_dir} is no run: it holds no args.json") from None
@@ -898,27 +915,9 @@ def parse_args():
     return args
 
 
-def limits(args):
-    """The least and the largest value of each number among `args`, and what else they depend on."""
-    inf = math.inf
-    return dict(
-        seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf),
-        state_dim=(1, inf),
-        exploration_noise=(0, inf), exploration_noise_z=(0, inf), policy_noise=(0, inf),
-        noise_clip=(0, inf), policy_frequency=(1, inf),
-        buffer_size=(6 * args.num_envs, inf), gamma=(0, 1 - 1e-9), tau=(1e-9, 1),
-        batch_size=(1, inf),
-        # episodes of a single step fill two rows, one of them a transition
-        learning_starts=(1, args.buffer_size // 2 - 2 * args.num_envs, "buffer_size"),
-        utd=(0, 1e6), actor_lr=(0, inf), critic_lr=(0, inf),
-        checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
-        num_threads=(1, inf),
-    )  # fmt: skip
-
-
 def check_args(args):
     """ValueError for an option that is out of range, or makes no sense beside another."""
-    for name, (low, high, *others) in limits(args).items():
+    for name, (low, high, *others) in args.limits().items():
         value = getattr(args, name)
         if value is not None and not (isinstance(value, int | float) and low <= value <= high):
             option = "--" + name.replace("_", "-")

@@ -13,9 +13,8 @@ SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
 
 # Names whose text may differ, each with the reason.
 MAY_DIFFER = {
-    "Args": "each algorithm has options of its own",
+    "Args": "each algorithm has options of its own, and their ranges",
     "TUNED": "and their values for a task",
-    "limits": "and their ranges",
     "Agent": "each script trains its own",
 }
 FAMILIES_DIFFER = {

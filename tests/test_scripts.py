@@ -414,10 +414,10 @@ def test_bad_input_is_answered_in_a_sentence(script, options, says, tmp_path, mo
 def test_every_number_has_limits_and_the_same_in_each_script(script):
     kinds = int, float, int | None, float | None
     numbers = {field.name for field in dataclasses.fields(script.Args) if field.type in kinds}
-    limits = script.limits(script.Args())
+    limits = script.Args().limits()
     assert limits.keys() == numbers
     for other in (*OFF_POLICY, *ON_POLICY):
-        others = other.limits(other.Args())
+        others = other.Args().limits()
         assert all(others.get(name, limits[name]) == limits[name] for name in limits)
 
 

@@ -1,5 +1,6 @@
-"""Partially observable control tasks: `make` hands out every one of them behind the same interface.
+"""Partially observable control tasks, and playing them.
 
+`make` hands out every task behind one interface, `make_vec` several at once; `evaluate` plays them.
 The observation of each environment is a `Dict` of two float32 vectors: "policy", what the policy
 may see, and "critic", the privileged state which a critic may use during training. The tasks are
 those of Al-Hafez, Zhao, Peters, Tateo, "Time-Efficient Reinforcement Learning with Stochastic
@@ -16,9 +17,11 @@ from gymnasium import spaces
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.utils import RecordConstructorArgs
 
+from envs.errors import UsageError
 from envs.mujoco import HIDE, RandomBodies, Wind, policy_mask
+from envs.vector import evaluate, make_vec, views
 
-__all__ = ["make"]
+__all__ = ["UsageError", "evaluate", "make", "make_vec", "views"]
 
 for task in ("PointMassMemory", "PointMassDoor"):
     gym.register(f"{task}-v0", f"envs.memory:{task}", max_episode_steps=1000)
@@ -66,10 +69,10 @@ def make(
         are the same vector.
 
     Raises:
-        ValueError: The id, an option or the environment's spaces are not among those above.
+        UsageError: The id, an option or the environment's spaces are not among those above.
     """
     if hide not in HIDE:
-        raise ValueError(f"hide is one of {', '.join(map(repr, HIDE))}, not {hide!r}.")
+        raise UsageError(f"hide is one of {', '.join(map(repr, HIDE))}, not {hide!r}.")
     if render_mode is not None:  # an environment that cannot render need not take the argument
         env_kwargs["render_mode"] = render_mode
     try:
@@ -83,11 +86,11 @@ def make(
                 env.reset()  # some values are not looked at before
                 env.step(np.zeros(env.action_space.shape))
     except (gym.error.Error, ImportError, TypeError, ArithmeticError) as error:
-        raise ValueError(f"{env_id!r} cannot be made: {error}") from error
+        raise UsageError(f"{env_id!r} cannot be made: {error}") from error
 
     modes = env.metadata.get("render_modes", [])
     if render_mode not in {None, *modes, *(f"{mode}_list" for mode in modes)}:
-        raise ValueError(f"{env_id!r} cannot be rendered as {render_mode!r}, but as {modes}.")
+        raise UsageError(f"{env_id!r} cannot be rendered as {render_mode!r}, but as {modes}.")
 
     action_space = env.action_space
     if not (
@@ -95,11 +98,11 @@ def make(
         and len(action_space.shape) == 1
         and action_space.is_bounded()
     ):
-        raise ValueError(f"Actions are a 1-D Box with finite bounds, not {action_space}.")
+        raise UsageError(f"Actions are a 1-D Box with finite bounds, not {action_space}.")
 
     if isinstance(env.observation_space, spaces.Dict):
         if hide != "none" or random_bodies or wind:
-            raise ValueError(
+            raise UsageError(
                 f"{env_id!r} decides itself what its policy sees: hide, random_bodies and wind are "
                 "for MuJoCo environments whose observation is a Box."
             )
@@ -145,14 +148,14 @@ class PolicyAndCritic(gym.ObservationWrapper, RecordConstructorArgs):
         """`critic_sees_more=False` hands the policy's entry to the critic too.
 
         Raises:
-            ValueError: An entry is missing, is not a 1-D Box or is empty.
+            UsageError: An entry is missing, is not a 1-D Box or is empty.
         """
         RecordConstructorArgs.__init__(self, critic_sees_more=critic_sees_more)
         super().__init__(env)
         self.critic_sees_more = bool(critic_sees_more)
         entries = env.observation_space.spaces
         if not {"policy", "critic"} <= entries.keys():
-            raise ValueError(
+            raise UsageError(
                 'A Dict observation needs the entries "policy" and "critic", '
                 f"this one has {sorted(entries)}."
             )
@@ -172,4 +175,4 @@ class PolicyAndCritic(gym.ObservationWrapper, RecordConstructorArgs):
 
 def _check_vector(space: spaces.Space, what: str):
     if not isinstance(space, spaces.Box) or len(space.shape) != 1 or space.shape[0] == 0:
-        raise ValueError(f"{what} is a 1-D Box with at least one value, not {space}.")
+        raise UsageError(f"{what} is a 1-D Box with at least one value, not {space}.")

@@ -11,6 +11,8 @@ from gymnasium import spaces
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.utils import RecordConstructorArgs
 
+from envs.errors import UsageError
+
 # The parts of an observation that the policy keeps. All others are hidden too, since what is to be
 # hidden goes into them.
 KEPT = {"velocities": {"qpos", "sin", "cos"}, "positions": {"qvel"}}
@@ -38,7 +40,7 @@ def observation_parts(env: gym.Env) -> dict[str, int]:
     """Name and size of each part of the observation, in order; {"unknown": n} if not known.
 
     Raises:
-        ValueError: The sizes do not add up to the observation.
+        UsageError: The sizes do not add up to the observation.
     """
     size = env.observation_space.shape[0]
     robot = env.unwrapped
@@ -64,7 +66,7 @@ def observation_parts(env: gym.Env) -> dict[str, int]:
     else:
         parts = {"unknown": size}
     if sum(parts.values()) != size:
-        raise ValueError(
+        raise UsageError(
             f"The observation of {env.spec.id!r} has {size} values, not those of {parts}."
         )
     return parts
@@ -74,13 +76,13 @@ def policy_mask(env: gym.Env, hide: str, random_bodies: bool, wind: bool) -> np.
     """Which values of the observation the policy may see: a boolean mask with its shape, (n,).
 
     Raises:
-        ValueError: Something is to be hidden, and the layout of the observation is unknown.
+        UsageError: Something is to be hidden, and the layout of the observation is unknown.
     """
     if hide == "none" and not (random_bodies or wind):
         return np.ones(env.observation_space.shape, dtype=bool)
     parts = observation_parts(env)
     if hide != "none" and "unknown" in parts:
-        raise ValueError(
+        raise UsageError(
             f"hide={hide!r} needs an observation whose layout is known, and that of "
             f"{env.spec.id!r} is not: it is for v4 and v5 of {', '.join(V4_LAYOUTS)}, "
             "InvertedDoublePendulum and MuJoCo environments with an `observation_structure`."
@@ -106,7 +108,7 @@ class RandomBodies(gym.Wrapper, RecordConstructorArgs):
     before the environment seeds its generator, resets and makes the first observation.
 
     Raises:
-        ValueError: The environment is not a `MujocoEnv` of Gymnasium, which knows its XML file.
+        UsageError: The environment is not a `MujocoEnv` of Gymnasium, which knows its XML file.
     """
 
     DELTAS = (0.0, -0.3, 0.3)
@@ -132,7 +134,7 @@ class RandomBodies(gym.Wrapper, RecordConstructorArgs):
     def __init__(self, env: gym.Env):
         robot = env.unwrapped
         if not hasattr(robot, "fullpath"):
-            raise ValueError(
+            raise UsageError(
                 f"random_bodies needs the XML file of a MuJoCo robot, {robot} has none."
             )
         RecordConstructorArgs.__init__(self)
@@ -198,7 +200,7 @@ class Wind(gym.Wrapper, RecordConstructorArgs):
     The sign of the direction is appended to the observation, a 1-D Box: (n,) becomes (n + 1,).
 
     Raises:
-        ValueError: The environment is none of those in `WIND_FORCE`.
+        UsageError: The environment is none of those in `WIND_FORCE`.
     """
 
     TORSO = 1  # the first body after the world, whatever its name in an XML file of your own
@@ -206,7 +208,7 @@ class Wind(gym.Wrapper, RecordConstructorArgs):
     def __init__(self, env: gym.Env):
         robot = env.unwrapped
         if env.spec.name not in WIND_FORCE or not isinstance(robot, MujocoEnv):
-            raise ValueError(f"wind is for {', '.join(WIND_FORCE)}, and not for {env.spec.id!r}.")
+            raise UsageError(f"wind is for {', '.join(WIND_FORCE)}, and not for {env.spec.id!r}.")
         RecordConstructorArgs.__init__(self)
         super().__init__(env)
         self.force = WIND_FORCE[env.spec.name]

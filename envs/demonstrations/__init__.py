@@ -14,6 +14,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 
+from envs.errors import UsageError
 from envs.mujoco import RandomBodies, Wind
 
 __all__ = ["load"]
@@ -46,7 +47,7 @@ def load(source: str | None, env: gym.Env, episodes: int | None = None) -> list[
         arrays `terminations` and `truncations` [T].
 
     Raises:
-        ValueError: The demonstrations cannot be read, are damaged, were made in another
+        UsageError: The demonstrations cannot be read, are damaged, were made in another
             environment or a variant of it (`env_kwargs`, wind, random bodies), do not fit what
             `env` shows, or are fewer than `episodes`.
     """
@@ -58,23 +59,23 @@ def load(source: str | None, env: gym.Env, episodes: int | None = None) -> list[
         path = Path(source) if shipped is None else FOLDER / shipped.format(env_id)
         if shipped is not None and not path.exists():
             names = ", ".join(sorted(file.stem for file in FOLDER.glob("*.npz")))
-            raise ValueError(
+            raise UsageError(
                 f"no demonstrations for {path.stem} are shipped (there are some for {names}): name "
                 "an .npz file or a Minari data set"
             )
         source = str(path)
         made_in, options, found = _from_file(path)
     if made_in is not None and made_in.split(":")[-1] != env_id:
-        raise ValueError(f"{source} holds demonstrations of {made_in}, not of {env_id}")
+        raise UsageError(f"{source} holds demonstrations of {made_in}, not of {env_id}")
     for name, value in _variant(env).items():
         if options is not None and options.get(name, value) != value:
-            raise ValueError(
+            raise UsageError(
                 f"{source} was made with {name} = {options[name]}, and here it is {value}"
             )
     if not found:
-        raise ValueError(f"{source} holds no episodes")
+        raise UsageError(f"{source} holds no episodes")
     if episodes is not None and len(found) < episodes:
-        raise ValueError(f"{source} holds {len(found)} episodes, and {episodes} are asked for")
+        raise UsageError(f"{source} holds {len(found)} episodes, and {episodes} are asked for")
     return [_fit(episode, env, source) for episode in found[:episodes]]
 
 
@@ -84,19 +85,19 @@ def _from_file(path):
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
     except FileNotFoundError:
-        raise ValueError(f"there are no demonstrations at {path}") from None
+        raise UsageError(f"there are no demonstrations at {path}") from None
     except Exception as error:  # numpy, zipfile and zlib raise what they like
-        raise ValueError(f"{path} is damaged, or no .npz file") from error
+        raise UsageError(f"{path} is damaged, or no .npz file") from error
     missing = {"env_id", *DIMENSIONS} - arrays.keys()
     if missing:
-        raise ValueError(f"{path} is no file of demonstrations: it lacks {sorted(missing)}")
+        raise UsageError(f"{path} is no file of demonstrations: it lacks {sorted(missing)}")
     columns = _columns(arrays, path)
     ends = np.flatnonzero(columns["terminations"] | columns["truncations"]) + 1
     steps = len(columns["actions"])
     if steps == 0 or ends.size == 0 or ends[-1] != steps:
-        raise ValueError(f"{path} is damaged: its last episode does not end")
+        raise UsageError(f"{path} is damaged: its last episode does not end")
     if len(columns["observations"]) != steps + len(ends):
-        raise ValueError(f"{path} is damaged: an episode of T steps has T + 1 observations")
+        raise UsageError(f"{path} is damaged: an episode of T steps has T + 1 observations")
     starts = dict.fromkeys(DIMENSIONS, ends[:-1])
     starts |= dict.fromkeys(
         ("observations", "critic_observations"), ends[:-1] + np.arange(1, len(ends))
@@ -105,7 +106,7 @@ def _from_file(path):
     try:
         options = dict(json.loads(str(arrays["made_by"]))) if "made_by" in arrays else None
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: made_by is no JSON object") from error
+        raise UsageError(f"{path} is damaged: made_by is no JSON object") from error
     episodes = [dict(zip(columns, episode)) for episode in zip(*parts)]
     return str(arrays["env_id"]), options, episodes
 
@@ -113,7 +114,7 @@ def _from_file(path):
 def _from_minari(name, episodes):
     """The id of the environment, where it is known, and the first `episodes` of a data set."""
     if importlib.util.find_spec("minari") is None:
-        raise ValueError('demonstrations of Minari need it: pip install "minari[hdf5]"')
+        raise UsageError('demonstrations of Minari need it: pip install "minari[hdf5]"')
     import minari
 
     try:
@@ -121,7 +122,7 @@ def _from_minari(name, episodes):
         made_in = data.env_spec.id if data.env_spec is not None else None
         found = list(itertools.islice(data.iterate_episodes(), episodes))
     except Exception as error:  # Minari and its storage raise what they like
-        raise ValueError(
+        raise UsageError(
             f"Minari cannot load {name!r} ({error}): minari list local shows what is here, "
             "minari download NAME gets more"
         ) from error
@@ -134,7 +135,7 @@ def _minari_columns(episode, source):
     if not isinstance(both, dict):
         both = {"policy": both, "critic": both}
     if not {"policy", "critic"} <= both.keys():
-        raise ValueError(
+        raise UsageError(
             f"the observations of {source} are {sorted(both)}: they must be an array, or have "
             '"policy" and "critic"'
         )
@@ -151,15 +152,15 @@ def _columns(arrays, source):
     for name, dimensions in DIMENSIONS.items():
         array = np.array(arrays[name]) if np.shape(arrays[name]) else np.zeros(())
         if array.ndim != dimensions or array.dtype.kind not in "biuf":
-            raise ValueError(f"{source} is damaged: {name} is no array of numbers of its shape")
+            raise UsageError(f"{source} is damaged: {name} is no array of numbers of its shape")
         with np.errstate(over="ignore"):
             columns[name] = array.astype(bool if name in FLAGS else np.float32)
         if not np.isfinite(columns[name]).all():
-            raise ValueError(f"{source} is damaged: {name} holds values that are not finite")
+            raise UsageError(f"{source} is damaged: {name} holds values that are not finite")
     of_steps = {len(columns[name]) for name in ("actions", "rewards", *FLAGS)}
     of_rows = {len(columns[name]) for name in ("observations", "critic_observations")}
     if len(of_steps) > 1 or len(of_rows) > 1:
-        raise ValueError(f"{source} is damaged: its arrays are not of one length")
+        raise UsageError(f"{source} is damaged: its arrays are not of one length")
     return columns
 
 
@@ -168,9 +169,9 @@ def _fit(episode, env, source):
     policy, critic = episode["observations"], episode["critic_observations"]
     space, actions = env.unwrapped.action_space, episode["actions"]
     if len(actions) == 0 or len(policy) != len(actions) + 1:
-        raise ValueError(f"{source} is damaged: an episode of T steps has T + 1 observations")
+        raise UsageError(f"{source} is damaged: an episode of T steps has T + 1 observations")
     if actions.shape[1:] != space.shape:
-        raise ValueError(
+        raise UsageError(
             f"{source} has actions of {actions.shape[1]} values, and the environment's have "
             f"{space.shape[0]}"
         )
@@ -183,7 +184,7 @@ def _fit(episode, env, source):
     for name, values in seen.items():
         size = env.observation_space[name].shape[0]
         if values.shape[1] != size:
-            raise ValueError(
+            raise UsageError(
                 f"{source} has observations of {policy.shape[1]} and states of {critic.shape[1]} "
                 f"values, from which what the {name} sees, {size} values, cannot be had"
             )

@@ -19,9 +19,9 @@ from gymnasium.utils import RecordConstructorArgs
 
 from envs.errors import UsageError
 from envs.mujoco import HIDE, RandomBodies, Wind, policy_mask
-from envs.vector import evaluate, make_vec, views
+from envs.vector import evaluate, make_vec, returns, views
 
-__all__ = ["UsageError", "evaluate", "make", "make_vec", "views"]
+__all__ = ["UsageError", "evaluate", "make", "make_vec", "returns", "views"]
 
 for task in ("PointMassMemory", "PointMassDoor"):
     gym.register(f"{task}-v0", f"envs.memory:{task}", max_episode_steps=1000)

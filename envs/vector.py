@@ -137,3 +137,15 @@ def evaluate(actor, env: gym.vector.VectorEnv, episodes: int, deterministic: boo
 def views(obs):
     """What the policy sees and what the critic sees of an observation: of a plain array, both all."""
     return (obs["policy"], obs["critic"]) if isinstance(obs, dict) else (obs, obs)
+
+
+def returns(actor, env: gym.vector.VectorEnv, episodes: int, *seed: int) -> dict[str, float]:
+    """Mean returns of `evaluate`, `return_deterministic` and `return_stochastic`, with `success_`
+    of both where the environment reports it. `seed` is hashed: others have other episodes."""
+    result, seed = {}, int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1)
+    for mode in ("deterministic", "stochastic"):
+        played = evaluate(actor, env, episodes, mode == "deterministic", seed)
+        result[f"return_{mode}"] = float(np.mean([e["rewards"].sum() for e in played]))
+        if "successes" in played[0]:
+            result[f"success_{mode}"] = float(np.mean([e["successes"].any() for e in played]))
+    return result

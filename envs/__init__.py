@@ -9,17 +9,19 @@ Stateful Policies", ICLR 2024, arXiv 2311.04082.
 Importing this package registers the memory tasks of `envs.memory` with Gymnasium.
 """
 
+import functools
 import warnings
+from numbers import Integral
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.mujoco import MujocoEnv
-from gymnasium.utils import RecordConstructorArgs
 
 from envs.errors import UsageError
 from envs.mujoco import HIDE, RandomBodies, Wind, policy_mask
-from envs.vector import evaluate, make_vec, returns, views
+from envs.vector import evaluate, returns, views
+from envs.wrappers import Checked, PolicyAndCritic, Quiet, Split, UnitActions, check_actions
 
 __all__ = ["UsageError", "evaluate", "make", "make_vec", "returns", "views"]
 
@@ -69,10 +71,15 @@ def make(
         are the same vector.
 
     Raises:
-        UsageError: The id, an option or the environment's spaces are not among those above.
+        UsageError: The id, an option or the environment's spaces are not among those above; or
+            later, an observation or a reward is not finite or has a shape that its space has not.
     """
     if hide not in HIDE:
         raise UsageError(f"hide is one of {', '.join(map(repr, HIDE))}, not {hide!r}.")
+    options = dict(random_bodies=random_bodies, wind=wind, privileged_critic=privileged_critic)
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise UsageError(f"{name} is True or False, not {value!r}.")
     if render_mode is not None:  # an environment that cannot render need not take the argument
         env_kwargs["render_mode"] = render_mode
     try:
@@ -85,21 +92,17 @@ def make(
             if env_kwargs.keys() - {"render_mode"} and isinstance(env.unwrapped, MujocoEnv):
                 env.reset()  # some values are not looked at before
                 env.step(np.zeros(env.action_space.shape))
-    except (gym.error.Error, ImportError, TypeError, ArithmeticError) as error:
+    except (
+        gym.error.Error, ImportError, TypeError, ValueError, ArithmeticError, OSError
+    ) as error:  # fmt: skip
         raise UsageError(f"{env_id!r} cannot be made: {error}") from error
 
     modes = env.metadata.get("render_modes", [])
     if render_mode not in {None, *modes, *(f"{mode}_list" for mode in modes)}:
         raise UsageError(f"{env_id!r} cannot be rendered as {render_mode!r}, but as {modes}.")
 
-    action_space = env.action_space
-    if not (
-        isinstance(action_space, spaces.Box)
-        and len(action_space.shape) == 1
-        and action_space.is_bounded()
-    ):
-        raise UsageError(f"Actions are a 1-D Box with finite bounds, not {action_space}.")
-
+    check_actions(env.action_space)
+    env = Checked(env)
     if isinstance(env.observation_space, spaces.Dict):
         if hide != "none" or random_bodies or wind:
             raise UsageError(
@@ -108,7 +111,6 @@ def make(
             )
         return PolicyAndCritic(env, privileged_critic)
 
-    _check_vector(env.observation_space, "The observation")
     visible = policy_mask(env, hide, random_bodies, wind)
     if random_bodies:
         env = RandomBodies(env)
@@ -120,59 +122,40 @@ def make(
     return PolicyAndCritic(env, privileged_critic and not visible.all())
 
 
-class Split(gym.ObservationWrapper, RecordConstructorArgs):
-    """Turn a vector into `Dict(policy=its visible values, critic=all its values)`."""
+def make_vec(
+    env_id: str, num_envs: int = 1, *, video_folder: str | None = None, **options
+) -> gym.vector.VectorEnv:
+    """`num_envs` environments of `make(env_id, **options)`, stepped together, one row a step.
 
-    def __init__(self, env: gym.Env, visible: np.ndarray):
-        """`visible` is a boolean mask with the shape of the observation."""
-        RecordConstructorArgs.__init__(self, visible=visible)
-        super().__init__(env)
-        self.visible = visible
-        box = env.observation_space
-        policy_box = spaces.Box(box.low[visible], box.high[visible], dtype=box.dtype)
-        self.observation_space = spaces.Dict(policy=policy_box, critic=box)
+    Actions lie in [-1, 1]. An episode of T steps fills T + 1 rows: the step after its last one
+    ignores its action, resets, and returns the first observation of the next (autoreset "next
+    step"). `info["episode"]` has return "r" and length "l" where `info["_episode"]` is true; of
+    the environment's own `info` there is only what tells success. With a `video_folder` the first
+    environment is filmed. `critic_sees_more` is that of `make`.
 
-    def observation(self, observation: np.ndarray) -> dict[str, np.ndarray]:
-        return {"policy": observation[self.visible], "critic": observation}
-
-
-class PolicyAndCritic(gym.ObservationWrapper, RecordConstructorArgs):
-    """Check and cast the entries "policy" and "critic" of an observation, and drop all others.
-
-    Attributes:
-        critic_sees_more: False where both entries are the same vector, so that a replay buffer
-            need store only one.
+    Raises:
+        UsageError: As `make`, and if the environment cannot be filmed here.
     """
+    if not isinstance(num_envs, Integral) or num_envs < 1:
+        raise UsageError(f"num_envs is a whole number of at least 1, not {num_envs!r}.")
+    makers = [functools.partial(_make_one, env_id, None, options) for _ in range(num_envs)]
+    makers[0] = functools.partial(_make_one, env_id, video_folder, options)
+    env = gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+    env.critic_sees_more = env.get_attr("critic_sees_more")[0]
+    return env
 
-    def __init__(self, env: gym.Env, critic_sees_more: bool):
-        """`critic_sees_more=False` hands the policy's entry to the critic too.
 
-        Raises:
-            UsageError: An entry is missing, is not a 1-D Box or is empty.
-        """
-        RecordConstructorArgs.__init__(self, critic_sees_more=critic_sees_more)
-        super().__init__(env)
-        self.critic_sees_more = bool(critic_sees_more)
-        entries = env.observation_space.spaces
-        if not {"policy", "critic"} <= entries.keys():
+def _make_one(env_id: str, video_folder: str | None, options: dict) -> gym.Env:
+    if video_folder is not None:
+        options = options | dict(render_mode="rgb_array")
+    env = Quiet(make(env_id, **options))
+    if video_folder is not None:
+        try:
+            env.reset(seed=0)
+            env.render()
+            env = gym.wrappers.RecordVideo(env, video_folder, disable_logger=True)
+        except Exception as error:  # graphics drivers raise what they like
             raise UsageError(
-                'A Dict observation needs the entries "policy" and "critic", '
-                f"this one has {sorted(entries)}."
-            )
-        boxes = {}
-        for name in ("policy", "critic"):
-            box = entries[name if critic_sees_more else "policy"]
-            _check_vector(box, f"What the {name} sees")
-            low, high = box.low.astype(np.float32), box.high.astype(np.float32)
-            boxes[name] = spaces.Box(low, high, dtype=np.float32)
-        self.observation_space = spaces.Dict(boxes)
-
-    def observation(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        policy = observation["policy"].astype(np.float32)
-        critic = observation["critic"].astype(np.float32) if self.critic_sees_more else policy
-        return {"policy": policy, "critic": critic}
-
-
-def _check_vector(space: spaces.Space, what: str):
-    if not isinstance(space, spaces.Box) or len(space.shape) != 1 or space.shape[0] == 0:
-        raise UsageError(f"{what} is a 1-D Box with at least one value, not {space}.")
+                f"cannot record video: {error!r} (without a screen, MUJOCO_GL=egl may help)"
+            ) from error
+    return UnitActions(gym.wrappers.RecordEpisodeStatistics(env))

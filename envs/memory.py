@@ -15,6 +15,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from envs.errors import UsageError
+
 GREEN, RED = (60, 170, 90), (210, 60, 40)
 
 
@@ -39,16 +41,16 @@ class CueRecall(gym.Env):
     actions are to be 0 until the last, and a note in them costs reward.
 
     Raises:
-        ValueError: `horizon` is not a whole number of at least 1, or `delayed` not a bool.
+        UsageError: `horizon` is not a whole number of at least 1, or `delayed` not a bool.
     """
 
     metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(self, horizon: int = 20, delayed: bool = False, render_mode: str | None = None):
         if not isinstance(horizon, Integral) or horizon < 1:
-            raise ValueError(f"horizon is a whole number of at least 1, not {horizon!r}.")
+            raise UsageError(f"horizon is a whole number of at least 1, not {horizon!r}.")
         if not isinstance(delayed, bool):
-            raise ValueError(f"delayed is True or False, not {delayed!r}.")
+            raise UsageError(f"delayed is True or False, not {delayed!r}.")
         self.horizon, self.delayed = horizon, delayed
         self.render_mode = render_mode
         self.action_space = spaces.Box(-1, 1, (1,))

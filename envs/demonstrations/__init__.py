@@ -1,14 +1,15 @@
 """Demonstrations of an expert: from a file, from Minari, or from those that lie beside this module.
 
-A file is what `--save-demonstrations` of the scripts writes: an .npz with Minari's names. For
-episodes of T steps, one after another, `observations` and `critic_observations` have T + 1 rows
-each, `actions` (in the environment's units), `rewards`, `terminations` and `truncations` T rows;
-`env_id` names the environment, and `made_by` (JSON) holds the options of the script.
+A file is what `save` writes: an .npz with Minari's names. For episodes of T steps, one after
+another, `observations` and `critic_observations` have T + 1 rows each, `actions` (in the
+environment's units), `rewards`, `terminations` and `truncations` T rows; `env_id` names the
+environment, and `made_by` (JSON) holds the options of the script, and the returns.
 """
 
 import importlib.util
 import itertools
 import json
+import os
 from pathlib import Path
 
 import gymnasium as gym
@@ -16,8 +17,9 @@ import numpy as np
 
 from envs.errors import UsageError
 from envs.mujoco import RandomBodies, Wind
+from envs.wrappers import PolicyAndCritic, UnitActions
 
-__all__ = ["load"]
+__all__ = ["load", "save"]
 
 FOLDER = Path(__file__).parent
 SHIPPED = {None: "{}.npz", "shipped:stochastic": "{}-stochastic.npz"}
@@ -25,6 +27,7 @@ DIMENSIONS = dict(
     observations=2, critic_observations=2, actions=2, rewards=1, terminations=1, truncations=1
 )
 FLAGS = ("terminations", "truncations")
+SAME_TASK = ("render_mode", "max_episode_steps", "disable_env_checker")  # with these or others
 
 
 def load(source: str | None, env: gym.Env, episodes: int | None = None) -> list[dict]:
@@ -38,7 +41,7 @@ def load(source: str | None, env: gym.Env, episodes: int | None = None) -> list[
         source: An .npz file; `minari:NAME` for a data set that Minari has on this machine; None for
             the file of this environment in this folder, `shipped:stochastic` for that of an
             expert with noise.
-        env: An environment made by `envs.make`, wrapped further or not.
+        env: An environment made by `envs.make`, wrapped further or not, or by `envs.make_vec`.
         episodes: How many to take, from the first; None for all.
 
     Returns:
@@ -48,9 +51,10 @@ def load(source: str | None, env: gym.Env, episodes: int | None = None) -> list[
 
     Raises:
         UsageError: The demonstrations cannot be read, are damaged, were made in another
-            environment or a variant of it (`env_kwargs`, wind, random bodies), do not fit what
-            `env` shows, or are fewer than `episodes`.
+            environment or a variant of it (`env_kwargs`), do not fit what `env` shows, or are fewer
+            than `episodes`.
     """
+    env = _one(env)
     env_id, options = env.unwrapped.spec.id, None
     if source is not None and source.startswith("minari:"):
         made_in, found = _from_minari(source.removeprefix("minari:"), episodes)
@@ -67,16 +71,44 @@ def load(source: str | None, env: gym.Env, episodes: int | None = None) -> list[
         made_in, options, found = _from_file(path)
     if made_in is not None and made_in.split(":")[-1] != env_id:
         raise UsageError(f"{source} holds demonstrations of {made_in}, not of {env_id}")
-    for name, value in _variant(env).items():
-        if options is not None and options.get(name, value) != value:
-            raise UsageError(
-                f"{source} was made with {name} = {options[name]}, and here it is {value}"
-            )
+    here = there = _variant(env)
+    if options is not None and "env_kwargs" in options:
+        there = _variant_of(options, env_id)
+    if here != there:
+        raise UsageError(f"{source} was made with env_kwargs {there}, and here they are {here}")
     if not found:
         raise UsageError(f"{source} holds no episodes")
     if episodes is not None and len(found) < episodes:
         raise UsageError(f"{source} holds {len(found)} episodes, and {episodes} are asked for")
     return [_fit(episode, env, source) for episode in found[:episodes]]
+
+
+def save(path: str, episodes: list[dict], env: gym.Env, made_by: dict):
+    """Write episodes of `envs.evaluate` in `env` to an .npz file, whole or not at all.
+
+    Args:
+        path: FILE.npz, in a folder that there is.
+        episodes: Their actions lie in [-1, 1].
+        env: As in `load`.
+        made_by: The options of the script and of the run, as JSON takes them; the `env_kwargs`
+            among them are those of `env`.
+
+    Raises:
+        UsageError: The file cannot be written.
+    """
+    env = _one(env)
+    arrays = {k: np.concatenate([episode[k] for episode in episodes]) for k in episodes[0]}
+    arrays["actions"] = _actions(env).action(arrays["actions"])
+    made_by = made_by | dict(returns=[float(episode["rewards"].sum()) for episode in episodes])
+    names = dict(env_id=env.unwrapped.spec.id, made_by=json.dumps(made_by))
+    if Path(path).suffix != ".npz":
+        raise UsageError(f"demonstrations are written to a FILE.npz, not to {path}")
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            np.savez_compressed(file, **arrays, **names)
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _from_file(path):
@@ -167,13 +199,13 @@ def _columns(arrays, source):
 def _fit(episode, env, source):
     """The episode as the policy and the critic of `env` would have seen it."""
     policy, critic = episode["observations"], episode["critic_observations"]
-    space, actions = env.unwrapped.action_space, episode["actions"]
+    unit, actions = _actions(env), episode["actions"]
     if len(actions) == 0 or len(policy) != len(actions) + 1:
         raise UsageError(f"{source} is damaged: an episode of T steps has T + 1 observations")
-    if actions.shape[1:] != space.shape:
+    if actions.shape[1:] != unit.action_space.shape:
         raise UsageError(
             f"{source} has actions of {actions.shape[1]} values, and the environment's have "
-            f"{space.shape[0]}"
+            f"{unit.action_space.shape[0]}"
         )
     visible = _visible(env)
     seen = dict(policy=policy, critic=critic)
@@ -188,23 +220,43 @@ def _fit(episode, env, source):
                 f"{source} has observations of {policy.shape[1]} and states of {critic.shape[1]} "
                 f"values, from which what the {name} sees, {size} values, cannot be had"
             )
-    # the environment clips what lies outside, and so does the policy
-    scaled = 2 * (actions - space.low) / (space.high - space.low) - 1
     return episode | dict(
         observations=seen["policy"], critic_observations=seen["critic"],
-        actions=scaled.clip(-1, 1).astype(np.float32),
+        actions=unit.reverse(actions),
     )  # fmt: skip
 
 
+def _one(env):
+    """The environment itself, or the first of a vector environment."""
+    return env.envs[0] if isinstance(env, gym.vector.VectorEnv) else env
+
+
+def _actions(env):
+    """The unit of the actions of `env` as `gymnasium.make` returned it, whatever wraps it now."""
+    while isinstance(env, gym.Wrapper) and not isinstance(env, PolicyAndCritic):
+        env = env.env
+    return UnitActions(env)
+
+
 def _variant(env):
-    """What makes `env` another task than its id says, under the names of the scripts' options."""
+    """What makes `env` another task than its id says: arguments of `envs.make`."""
     layers, inner = set(), env
     while isinstance(inner, gym.Wrapper):
         layers.add(type(inner))
         inner = inner.env
-    usual, kwargs = gym.spec(inner.spec.id).kwargs, inner.spec.kwargs
-    own = {k: v for k, v in kwargs.items() if k != "render_mode" and (k, v) not in usual.items()}
-    return dict(env_kwargs=own, wind=Wind in layers, random_bodies=RandomBodies in layers)
+    options = dict(wind=Wind in layers, random_bodies=RandomBodies in layers)
+    return _variant_of(options | dict(env_kwargs=inner.spec.kwargs), inner.spec.id)
+
+
+def _variant_of(options, env_id):
+    """The same of the options of a script; those of older files name wind and bodies themselves."""
+    older = {name: options[name] for name in ("wind", "random_bodies") if name in options}
+    usual = gym.spec(env_id).kwargs | dict(wind=False, random_bodies=False)
+    return {
+        name: value
+        for name, value in (older | options["env_kwargs"]).items()
+        if name not in SAME_TASK and (name, value) not in usual.items()
+    }
 
 
 def _visible(env):

@@ -1,18 +1,16 @@
 """BPTT-SAC: Soft Actor-Critic with a recurrent policy, trained by backpropagation through time.
 
-The baseline of Al-Hafez, Zhao, Peters, Tateo, "Time-Efficient Reinforcement Learning with
-Stochastic Stateful Policies", ICLR 2024, arXiv 2311.04082. The policy sees o, the critic the state
-s. The internal state is deterministic, h_k = GRU(o_k, a_{k-1}, h_{k-1}), and is computed along
-sequences of L rows of the replay buffer, from a stored internal state z:
+Al-Hafez, Zhao, Peters, Tateo, "Time-Efficient Reinforcement Learning with Stochastic Stateful
+Policies", ICLR 2024, arXiv 2311.04082. The policy sees o, the critic the state s. The internal
+state is deterministic, h_k = GRU(o_k, a_{k-1}, h_{k-1}), and is computed along sequences of L rows
+of the replay buffer from a stored z, the h before them. It is the baseline of that paper:
 
     target   y = r + gamma (1 - d) [min_i Q'_i(s', a'', a) - alpha log pi(a'' | o', h')]
     critic   L(Q)  = sum_i E[(Q_i(s, a, a_prev) - y)^2]
     actor    L(pi) = E[alpha log pi(a~ | o, h) - min_i Q_i(s, a~, a_prev)]
 
-where a'' and a~ are fresh, reparameterised samples. The expectations are over all rows of each
-sequence, or over the last, as published; the gradient of the actor's loss goes back through the h
-of all rows before. Without a privileged critic, h is one more input of Q. Compare s2pg_sac.py by
-diff: it needs no gradient through time.
+where a'' and a~ are fresh, reparameterised samples and the expectations are over all rows of each
+sequence, or over the last. The actor's gradient goes back through the h of all rows before.
 
     python bptt_sac.py --env-id InvertedPendulum-v4 --total-timesteps 20000
     python bptt_sac.py --env-id Humanoid-v4 --sequence-length 64 --seed 1
@@ -42,13 +40,13 @@ class Args:
     env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, a task of `envs`, or yours: module:Id-v0
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # from the policy, in MuJoCo tasks
-    privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, h)
+    privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, z)
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
 
     buffer_size: int = 1_000_000  # rows of the replay buffer, over all environments
     learning_starts: int = 5_000  # steps with uniformly random actions, before the first update
-    batch_size: int = 256  # rows with a loss in an update
+    batch_size: int = 256  # rows in an update
     gamma: float = 0.99  # discount, in [0, 1)
     tau: float = 0.005  # share of the critic that goes into its target, in (0, 1]
     actor_lr: float = 3e-4  # learning rate of the actor
@@ -59,8 +57,8 @@ class Args:
     loss_on: Literal["last", "all"] = "all"  # rows of a sequence with a loss; "last" as published
     initial_state: Literal["stored", "zero"] = "stored"  # internal state before the first row
 
-    rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent layer
-    state_dim: int = 32  # size of h; an LSTM's z = (h, c) is twice as large
+    rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent cell
+    state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
     chrono: int = 0  # longest time scale of the gates at the start, in steps; 0: PyTorch's
 
     seed: int = 1  # of the networks, the noise and the environments
@@ -111,8 +109,8 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 class RecurrentActor(nn.Module):
     """The policy pi(a | o, h), a squashed diagonal Gaussian, with a deterministic internal state h.
 
-    Shapes: o [B, O]; z, z' [B, Z]; h [B, H] in (-1, 1); a, a_prev [B, A] in (-1, 1). The internal
-    state z is h one step before, and (h, c) for an LSTM.
+    Shapes: o [B, O]; z, z' [B, Z]; h [B, H] in (-1, 1); a, a_prev [B, A] in (-1, 1). The z of a
+    step is the h before it, and (h, c) for an LSTM.
     """
 
     def __init__(self, obs_dim, action_dim, args):
@@ -141,7 +139,8 @@ class RecurrentActor(nn.Module):
     def forward(self, obs, h):
         """Mean and log std of a before the tanh, both [B, A]."""
         h = torch.cat([torch.relu_(self.policy_obs(obs)), h], -1)
-        mean, log_std = self.policy_head(torch.relu_(self.policy_hidden(h))).chunk(2, -1)
+        head = self.policy_head(torch.relu_(self.policy_hidden(h)))
+        mean, log_std = head.chunk(2, -1)
         half_range = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
         return mean, LOG_STD_MIN + half_range * (torch.tanh(log_std) + 1)
 
@@ -203,21 +202,21 @@ class TwinCritic(nn.Module):
 
 
 class Sequences(NamedTuple):
-    """B sequences of L + 1 rows, and N rows among them that have a loss, with their successors."""
+    """B rows of M sequences, and their successors; `state` is what the critic sees, s or (o, h)."""
 
-    all_obs: torch.Tensor  # [L + 1, B, O]
-    all_a_prev: torch.Tensor  # [L + 1, B, A]
-    z: torch.Tensor  # [B, Z], before the first row
-    index: tuple[torch.Tensor, torch.Tensor]  # [N], places in sequences, and which sequences
-    obs: torch.Tensor  # [N, O]
-    state: torch.Tensor  # [N, S] or [N, O + H], what the critic sees
-    a_prev: torch.Tensor  # [N, A]
-    action: torch.Tensor  # [N, A]
-    reward: torch.Tensor  # [N]
-    terminated: torch.Tensor  # [N], 0 or 1
-    next_obs: torch.Tensor  # [N, O]
-    next_state: torch.Tensor  # [N, S] or [N, O + H]
-    weight: torch.Tensor  # [N], sums to 1; 0 for a row that is no transition, or of a later episode
+    all_obs: torch.Tensor  # [L + 1, M, O]
+    all_a_prev: torch.Tensor  # [L + 1, M, A]
+    first_z: torch.Tensor  # [M, Z], before the first row
+    index: tuple[torch.Tensor, torch.Tensor]  # [B], places in sequences, and which sequences
+    obs: torch.Tensor  # [B, O]
+    state: torch.Tensor  # [B, S]
+    a_prev: torch.Tensor  # [B, A]
+    action: torch.Tensor  # [B, A]
+    reward: torch.Tensor  # [B]
+    terminated: torch.Tensor  # [B], 0 or 1
+    next_obs: torch.Tensor  # [B, O]
+    next_state: torch.Tensor  # [B, S]
+    weight: torch.Tensor  # [B], sums to 1; 0 for a row that is no transition
 
 
 class SequenceBuffer:
@@ -236,7 +235,7 @@ class SequenceBuffer:
         self.num_envs, self.slots, self.device = num_envs, size // num_envs, device
         self.widths = [obs_dim, critic_dim, z_dim, action_dim, 1, 1, 1]
         self.rows = torch.zeros(self.slots * num_envs, sum(self.widths), device=device)
-        _, _, _, self.action, _, _, self.first = self.rows.split(self.widths, -1)
+        _, _, self.z, self.action, *_ = self.rows.split(self.widths, -1)
         self.steps = torch.zeros(1, dtype=torch.int64, device=device)
 
     def columns(self, rows):
@@ -253,56 +252,51 @@ class SequenceBuffer:
         ring.index_copy_(0, self.steps % self.slots, row.unsqueeze(0))
         self.steps += 1
 
-    def sample(self, batch_size, length, loss_on):
-        """Sequences around rows that are drawn uniformly with replacement.
-
-        Such a row comes last where only the last has a loss, and anywhere otherwise: always last,
-        it would leave the ends of episodes to very few sequences.
-        """
-        n, size, last = self.num_envs, len(self.rows), loss_on == "last"
-        count = batch_size if last else max(1, batch_size // length)
+    def sample(self, batch_size, length, last):
+        """Sequences around rows that are drawn uniformly with replacement."""
+        batch_size = batch_size if last else max(1, batch_size // length)
         # neither the newest rows, which lack a successor, nor the oldest, which lack a predecessor
         stored = self.steps.clamp(max=self.slots)
-        offset = torch.rand(count, dtype=torch.float64, device=self.device) * (stored - 2)
-        drawn = ((self.steps - stored + 1 + offset) * n).long()
+        offset = torch.rand(batch_size, dtype=torch.float64, device=self.device) * (stored - 2)
+        row = ((self.steps - stored + 1 + offset) * self.num_envs).long()
 
-        # so many rows before have been of the same episode, and are there still
-        steps = torch.arange(length + 1, device=self.device).unsqueeze(-1)
-        before = drawn - steps[:-1] * n
-        first = self.first[before % size].squeeze(-1)
-        same_episode = first.cumsum(0) - first == 0
-        available = (same_episode & (before >= (self.steps - stored + 1) * n)).sum(0) - 1
-        limit = torch.full_like(drawn, length - 1) if last else torch.randint_like(drawn, length)
+        # so many rows before it belong to the same episode, and are still there
+        step = torch.arange(length + 1, device=self.device).unsqueeze(-1) * self.num_envs
+        before = row - step[:-1]
+        first = self.rows[before % len(self.rows), -1]
+        there = before >= (self.steps - stored + 1) * self.num_envs
+        available = ((first.cumsum(0) - first == 0) & there).sum(0) - 1
+        # a row comes last if only the last has a loss, and anywhere if all have
+        limit = torch.full_like(row, length - 1) if last else torch.randint_like(row, length)
         depth = torch.minimum(available, limit)
-        number = drawn + (steps - depth) * n  # [L + 1, B]
-        rows = self.rows[number % size]
+        number = row + step - depth * self.num_envs  # [L + 1, M]
+        rows = self.rows[number % len(self.rows)]
         all_obs, _, z, *_, first = self.columns(rows)
-        all_a_prev = self.action[(number - n) % size] * (1 - first).unsqueeze(-1)
-
+        a_prev = self.action[(number - self.num_envs) % len(self.rows)] * (1 - first).unsqueeze(-1)
         # a sequence goes on to the end of its episode, or to the newest row
-        valid = (first[1:].cumsum(0) == 0) & (number[1:] < self.steps * n)
-        sequence = torch.arange(count, device=self.device)
-        place = depth if last else steps[:-1].expand_as(valid).flatten()
-        index = place, sequence if last else sequence.expand_as(valid).flatten()
+        valid = (first[1:].cumsum(0) == 0) & (number[1:] < self.steps * self.num_envs)
+        places = depth.unsqueeze(0) if last else step[:-1].expand_as(valid) // self.num_envs
+        sequences = torch.arange(batch_size, device=self.device).expand_as(places)
+        index = places.flatten(), sequences.flatten()
         obs, state, _, action, reward, terminated, _ = self.columns(rows[index])
         next_obs, next_state, *_ = self.columns(rows[1:][index])
         weight = valid[index] / valid[index].sum().clamp(min=1)
         return Sequences(
-            all_obs, all_a_prev, z[0], index, obs, state, all_a_prev[index], action, reward,
-            terminated, next_obs, next_state, weight,
+            all_obs, a_prev, z[0], index, obs, state, a_prev[index], action, reward, terminated,
+            next_obs, next_state, weight,
         )  # fmt: skip
 
 
 def bptt_critic_loss(actor, critic, target_critic, batch, next_h, alpha, gamma):
-    """sum_i E[(Q_i(s, a, a_prev) - y)^2]; also Q_1, Q_2 [2, N].
+    """sum_i E[(Q_i(s, a, a_prev) - y)^2]; also Q_1, Q_2 [2, B].
 
-    y = r + gamma (1 - d) [min_i Q'_i(s', a'', a) - alpha log pi(a'' | o', h')], where the action
-    just taken is the next a_prev. It bootstraps through time limits: d is `terminated`.
+    y = r + gamma (1 - d) [min_i Q'_i(s', a'', a) - alpha log pi(a'' | o', h')], where
+    the action just taken is the next a_prev. It bootstraps through time limits: d is `terminated`.
     """
     with torch.no_grad():
-        a, log_pi = actor.sample(batch.next_obs, next_h)
+        a, log_pi_a = actor.sample(batch.next_obs, next_h)
         next_q = target_critic(batch.next_state, a, batch.action).amin(0)
-        target = batch.reward + gamma * (1 - batch.terminated) * (next_q - alpha * log_pi)
+        target = batch.reward + gamma * (1 - batch.terminated) * (next_q - alpha * log_pi_a)
     q = critic(batch.state, batch.action, batch.a_prev)
     return (batch.weight * (q - target).square()).sum(), q.detach()
 
@@ -316,7 +310,7 @@ def bptt_actor_loss(actor, critic, batch, h, alpha):
 
 
 class BPTTSAC(nn.Module):
-    """Networks, temperature and optimisers, and the update that trains them."""
+    """Networks, temperatures and optimisers, and the update that trains them."""
 
     def __init__(self, args, env, device):
         super().__init__()
@@ -327,7 +321,7 @@ class BPTTSAC(nn.Module):
         privileged = getattr(env, "critic_sees_more", obs_dim != critic_dim)
         self.actor = RecurrentActor(obs_dim, action_dim, args)
         self.z_dim = self.actor.z_dim
-        # a critic that is told no more than the policy gets h, in case that o is not Markov
+        # a critic that is told no more than the policy gets z, in case that o is not Markov
         self.critic_sees_h = not privileged
         state_dim = critic_dim if privileged else obs_dim + args.state_dim
         inputs = state_dim + action_dim + action_dim  # s, a, a_prev
@@ -354,11 +348,11 @@ class BPTTSAC(nn.Module):
     def update(self, buffer):
         """One gradient step of everything; returns what to log, as tensors on the device."""
         actor, critic, args = self.actor, self.critic, self.args
-        batch = buffer.sample(args.batch_size, args.sequence_length, args.loss_on)
-        alpha = self.log_alpha.detach().exp()
+        batch = buffer.sample(args.batch_size, args.sequence_length, args.loss_on == "last")
+        alpha, gamma = self.log_alpha.detach().exp(), args.gamma
 
         # the critic's step leaves the actor as it is, so both losses share one pass through time
-        z = batch.z if args.initial_state == "stored" else torch.zeros_like(batch.z)
+        z = batch.first_z if args.initial_state == "stored" else torch.zeros_like(batch.first_z)
         all_h, _ = actor.unroll(batch.all_obs, z, batch.all_a_prev)
         h, next_h = all_h[batch.index], all_h[1:][batch.index].detach()
         if self.critic_sees_h:
@@ -366,12 +360,12 @@ class BPTTSAC(nn.Module):
             next_state = torch.cat([batch.next_state, next_h], -1)
             batch = batch._replace(state=state, next_state=next_state)
         qf_loss, q = self.critic_loss(
-            actor, critic, self.target_critic, batch, next_h, alpha, args.gamma
+            actor, critic, self.target_critic, batch, next_h, alpha, gamma
         )
         descend(self.critic_optimizer, qf_loss)
 
         pi_loss, entropy = self.actor_loss(actor, critic, batch, h, alpha)
-        # the temperature falls while the entropy is above the target
+        # a temperature falls while its entropy is above the target
         alpha_loss = self.log_alpha.exp() * (entropy + self.action_dim)
         descend(self.actor_optimizer, pi_loss + alpha_loss)
 

@@ -230,14 +230,14 @@ class Transitions(NamedTuple):
     """B rows and their successors; `state` is what the critic sees, s or (o, z)."""
 
     obs: torch.Tensor  # [B, O]
-    state: torch.Tensor  # [B, S] or [B, O + Z]
+    state: torch.Tensor  # [B, S]
     z: torch.Tensor  # [B, Z]
     a_prev: torch.Tensor  # [B, A]
     action: torch.Tensor  # [B, A]
     reward: torch.Tensor  # [B]
     terminated: torch.Tensor  # [B], 0 or 1
     next_obs: torch.Tensor  # [B, O]
-    next_state: torch.Tensor  # [B, S] or [B, O + Z]
+    next_state: torch.Tensor  # [B, S]
     next_z: torch.Tensor  # [B, Z]
     after: torch.Tensor  # [B], where the successors lie
     weight: torch.Tensor  # [B], sums to 1; 0 for a row that is no transition

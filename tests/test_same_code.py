@@ -1,57 +1,58 @@
-"""Scripts share text, not modules: what has one name is one text in all of them."""
+"""Scripts share text, not modules: what has one name is one text in all of them. And none grows."""
 
 import ast
+import difflib
 import functools
-import re
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
+# lines of each script, by the docs' budget
+LIMITS = dict(s2pg_sac=600, bptt_sac=600, s2pg_td3=600, s2pg_ppo=600, bptt_ppo=600)
+LIMITS |= dict(s2pg_gail=700, s2pg_lsiq=700)
+SCRIPTS = [ROOT / f"{name}.py" for name in LIMITS]
+PAIRS = list(combinations(SCRIPTS, 2))
 
 # Names whose text may differ, each with the reason.
 MAY_DIFFER = {
     "Args": "each algorithm has options of its own, and their ranges",
     "TUNED": "and their values for a task",
     "Agent": "each script trains its own",
+    "train": "each has its own buffer",
 }
-FAMILIES_DIFFER = {
-    "train": "on-policy scripts learn from rollouts, off-policy ones from a replay buffer, and "
-    "imitation learns from demonstrations as well",
-}
-FAMILY = dict(sac="off-policy", td3="off-policy", ppo="on-policy", gail="gail", lsiq="lsiq")
+# Options that may have other defaults in another family of algorithms.
+TUNING = {"privileged_critic", "actor_lr", "critic_lr", "alpha_lr", "num_envs"}
+# Lines that are the algorithm: actor, critic, buffer, losses, agent, CUDA graph, training loop.
+LEARNING = {"StochasticStatefulActor", "chrono_init", "atanh", "squashed_gaussian", "TwinCritic"}
+LEARNING |= {"Transitions", "TransitionBuffer", "soft_critic_loss", "soft_actor_loss", "S2PGSAC"}
+LEARNING |= {"descend", "Graphed", "train"}
+
+
+def nodes(path):
+    return ast.parse(path.read_text()).body
 
 
 @functools.cache
 def definitions(path):
     """Text of every function, class and constant at the top level of a script."""
-    source = path.read_text()
-    texts = {}
-    for node in ast.parse(source).body:
+    texts, source = {}, path.read_text()
+    for node in nodes(path):
         text = ast.get_source_segment(source, node)
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            text = "".join(f"@{ast.unparse(d)}\n" for d in node.decorator_list) + text
-            texts[node.name] = text
+            texts[node.name] = "".join(f"@{ast.unparse(d)}\n" for d in node.decorator_list) + text
         elif isinstance(node, ast.Assign):
             texts[ast.unparse(node.targets[0])] = text
     return texts
 
 
-def family(path):
-    return FAMILY[path.stem.split("_")[1]]
-
-
-@pytest.mark.parametrize("one, other", list(combinations(SCRIPTS, 2)), ids=lambda path: path.stem)
+@pytest.mark.parametrize("one, other", PAIRS, ids=lambda path: path.stem)
 def test_one_name_is_one_text(one, other):
     first, second = definitions(one), definitions(other)
     shared = (first.keys() & second.keys()) - MAY_DIFFER.keys()
-    if family(one) != family(other):
-        shared -= FAMILIES_DIFFER.keys()
-    assert len(shared) > 10, "the comparison has lost its subject"
-    for name in sorted(shared):
-        assert first[name] == second[name], f"{name} differs between {one.name} and {other.name}"
+    assert len(shared) >= 5, "the comparison has lost its subject"
+    assert {name: first[name] for name in shared} == {name: second[name] for name in shared}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
@@ -65,34 +66,39 @@ def test_scripts_import_no_other_script(path):
     assert not imported & {script.stem for script in SCRIPTS}
 
 
-# What may differ between algorithms, but not between S2PG and its baseline.
-TUNING = {"privileged_critic", "actor_lr", "alpha_lr"}
-
-
-@pytest.mark.parametrize("one, other", list(combinations(SCRIPTS, 2)), ids=lambda path: path.stem)
+@pytest.mark.parametrize("one, other", PAIRS, ids=lambda path: path.stem)
 def test_shared_options_have_the_same_default(one, other):
     """A baseline with another learning rate or target would be no baseline."""
 
     def defaults(script):
-        definitions = ast.parse(script.read_text()).body
-        (args,) = [node for node in definitions if getattr(node, "name", "") == "Args"]
-        return {
-            node.target.id: ast.unparse(node.value)
-            for node in args.body
-            if isinstance(node, ast.AnnAssign)
-        }
+        (args,) = [node for node in nodes(script) if getattr(node, "name", "") == "Args"]
+        fields = [node for node in args.body if isinstance(node, ast.AnnAssign)]
+        return {field.target.id: ast.unparse(field.value) for field in fields}
 
     mine, theirs = defaults(one), defaults(other)
     shared = mine.keys() & theirs.keys()
     if one.stem.split("_")[1] != other.stem.split("_")[1]:
         shared -= TUNING
-    assert len(shared) > 20
+    assert len(shared) > 15
     assert {name: mine[name] for name in shared} == {name: theirs[name] for name in shared}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_inline_metadata_lists_the_requirements(path):
-    """`uv run script.py` installs what `pip install -r requirements.txt` does."""
-    block = re.search(r"# /// script\n(.*?)# ///", path.read_text(), re.DOTALL).group(1)
-    required = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line]
-    assert sorted(re.findall(r'"([^"]+)"', block)[1:]) == sorted(required)
+def test_a_script_is_short(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= LIMITS[path.stem]
+    assert max(map(len, lines)) <= 100
+
+
+def test_the_sac_pair_differs_by_the_algorithm():
+    """`diff bptt_sac.py s2pg_sac.py` has at most 260 changed lines."""
+    pair = [(ROOT / name).read_text().splitlines() for name in ("bptt_sac.py", "s2pg_sac.py")]
+    changed = [line for line in difflib.unified_diff(*pair, n=0) if line[0] in "+-"][2:]
+    assert len(changed) <= 260
+
+
+def test_three_fifths_of_a_script_are_learning():
+    texts, source = definitions(SCRIPTS[0]), SCRIPTS[0].read_text()
+    assert LEARNING <= texts.keys()
+    learning = sum(text.count("\n") + 1 for name, text in texts.items() if name in LEARNING)
+    assert learning >= 0.6 * source.count("\n")

@@ -1,0 +1,249 @@
+"""The memory tasks: what they show, pay, end and draw, and what the best policies earn."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import envs
+from envs.memory import GREEN, RED, hits_wall
+
+each = pytest.mark.parametrize
+
+CUES = [
+    f"{name}{horizon}-v0"
+    for name in ("CueRecall", "CueRecall-delayed")
+    for horizon in ("", "-5", "-10", "-20", "-100", "-300", "-1000")
+]
+POINTS = ["PointMassMemory-v0", "PointMassDoor-v0"]
+
+
+def cue_return(env, policy):
+    observation, _ = env.reset()
+    total, terminated, steps = 0.0, False, 0
+    while not terminated:
+        action = np.float32([policy(observation)])
+        observation, reward, terminated, truncated, _ = env.step(action)
+        assert not truncated
+        total += reward
+        steps += 1
+    return total, steps
+
+
+@each("horizon", [1, 20, 100])
+def test_cue_recall_returns(horizon):
+    env = envs.make("CueRecall-v0", horizon=horizon)
+    env.reset(seed=0)
+    with_memory = [cue_return(env, lambda o: o["critic"][0]) for _ in range(20)]
+    assert with_memory == [(pytest.approx(horizon), horizon)] * 20
+    # Without memory the best guess after the first step is anything between the cues.
+    without = [cue_return(env, lambda o: o["policy"][0])[0] for _ in range(20)]
+    assert without == [pytest.approx(1 + 0.2 * (horizon - 1))] * 20
+    guesses = [cue_return(env, lambda o: o["policy"][0] or 0.5)[0] for _ in range(400)]
+    assert np.mean(guesses) == pytest.approx(1 + 0.2 * (horizon - 1), abs=0.1 * horizon)
+
+
+@each("horizon", [2, 20])
+def test_delayed_cue_recall_asks_for_the_cue_at_the_end(horizon):
+    env = envs.make("CueRecall-delayed-v0", horizon=horizon)
+    cue = env.reset(seed=0)[0]["critic"][0]
+    rewards = [env.step(np.float32([0.1]))[1] for _ in range(horizon - 1)]
+    rewards += [env.step(np.float32([cue]))[1]]
+    assert rewards == [pytest.approx(0.9)] * (horizon - 1) + [pytest.approx(horizon)]
+
+    def still_until_the_end(answer):
+        return lambda o: answer(o) if o["policy"][1] > 1 - 1.5 / horizon else 0
+
+    best = cue_return(env, still_until_the_end(lambda o: o["critic"][0]))[0]
+    assert best == pytest.approx(2 * horizon - 1)
+    guesses = [cue_return(env, still_until_the_end(lambda o: 0.5))[0] for _ in range(400)]
+    assert np.mean(guesses) == pytest.approx(1.2 * horizon - 1, abs=0.1 * horizon)
+
+
+@each("env_id", CUES)
+def test_cue_is_visible_once_and_asked_for_to_the_horizon(env_id):
+    env, cues = envs.make(env_id), set()
+    horizon = int(re.sub(r"\D", "", env_id[:-3]) or 20)
+    assert env.unwrapped.delayed == ("delayed" in env_id)
+    for seed in range(10):
+        observation, _ = env.reset(seed=seed)
+        cue = observation["critic"][0]
+        cues.add(round(float(cue), 6))
+        np.testing.assert_array_equal(observation["policy"], [cue, 0])
+        for step in range(1, horizon + 1):
+            observation, _, terminated, *_ = env.step(np.float32([0]))
+            time = np.float32(step / horizon)
+            assert observation["policy"].tolist() == [0, time] and terminated == (step == horizon)
+            assert observation["critic"].tolist() == [cue, time]
+    assert cues == {-0.8, 0.8}
+
+
+def heading(start, goal):
+    """The action that points from `start` to `goal`, both (2,)."""
+    dx, dy = np.subtract(goal, start)
+    return np.float32([np.arctan2(dy, dx) % (2 * np.pi) / np.pi - 1])
+
+
+def unscale(values):
+    return (np.asarray(values, float) + 1) * 75
+
+
+@each("env_id", POINTS)
+def test_point_mass_oracle(env_id):
+    """One who knows the cue is there in a straight line, or in one through both doors."""
+    env, doors, starts, cues = envs.make(env_id), "Door" in env_id, [], []
+    sight, scale, decay = (20, 10, 0.03) if doors else (30, 1, 0.1)
+    for seed in range(40):
+        observation, _ = env.reset(seed=seed)
+        np.testing.assert_array_equal(observation["policy"], observation["critic"])
+        start, cue = np.split(unscale(observation["policy"]), [2])
+        starts.append(tuple(start.round(3)))
+        cues += [*cue.round(3)]
+        goal = (75, 140) if doors else (cue[0], 130)
+        way = [(left + 20, y) for left, wall in zip(cue, (60, 90)) for y in (wall - 2, wall + 2)]
+        blind, position = 0, start
+        for target in [*(way if doors else []), goal]:
+            while np.linalg.norm(position - target) > 1.8:
+                before = position
+                observation, reward, terminated, truncated, info = env.step(heading(before, target))
+                position = unscale(observation["critic"][:2])
+                np.testing.assert_allclose(np.linalg.norm(position - before), 1.8, atol=1e-4)
+                distance = np.linalg.norm(position - goal)
+                assert reward == pytest.approx(scale * np.exp(-decay * distance), rel=1e-3)
+                assert not terminated and not truncated
+                assert info["success"] is bool(distance <= 5)
+                np.testing.assert_array_equal(observation["policy"][:2], observation["critic"][:2])
+                np.testing.assert_allclose(unscale(observation["critic"][2:]), cue, atol=1e-4)
+                visible = np.linalg.norm(position - start) <= sight
+                seen = observation["critic"][2:] if visible else 0 * cue
+                np.testing.assert_array_equal(observation["policy"][2:], seen)
+                blind += not visible
+        assert info["success"] and blind >= 47
+        for _ in range(5):  # success is about having been there
+            observation, *_, info = env.step(np.float32([0.5]))
+        assert np.linalg.norm(goal - unscale(observation["critic"][:2])) > 5 and info["success"]
+    if doors:
+        assert set(starts) == {(75, 10)} and 10 <= min(cues) < 20 and 90 < max(cues) <= 100
+    else:
+        assert set(cues) == {25, 57, 88, 120} and set(starts) == {(x, 15) for x in cues}
+
+
+def test_point_mass_sees_the_cue_again_when_it_returns():
+    env = envs.make("PointMassMemory-v0")
+    env.reset(seed=0)
+    visible = [bool(env.step(np.float32([-0.5]))[0]["policy"][2]) for _ in range(30)]
+    visible += [bool(env.step(np.float32([0.5]))[0]["policy"][2]) for _ in range(29)]
+    assert visible == [True] * 16 + [False] * 27 + [True] * 16
+
+
+@each("env_id", POINTS)
+@each(("action", "axis"), [(-1, 0), (0, 0), (0.5, 1)])
+def test_leaving_the_field(env_id, action, axis):
+    env = envs.make(env_id)
+    env.reset(seed=0)
+    position, terminated = env.unwrapped.start.copy(), False
+    while not terminated:
+        observation, reward, terminated, *_ = env.step(np.float32([action]))
+        position += 1.8 * np.array([np.cos(np.pi * (action + 1)), np.sin(np.pi * (action + 1))])
+        inside = 0 <= position[axis] <= 150
+        assert terminated == (reward == -2) == (not inside)
+        assert observation in env.observation_space
+
+
+@each("env_id", POINTS)
+def test_field_is_no_longer_than_the_time_limit(env_id):
+    env = envs.make(env_id)
+    env.reset(seed=0)
+    for step in range(1, 1001):
+        *_, terminated, truncated, _ = env.step(np.float32([step % 2 - 1]))
+        assert not terminated and truncated is (step == 1000)
+
+
+@each("wall", [0, 1])
+def test_walls_end_the_episode(wall):
+    env = envs.make("PointMassDoor-v0")
+    for seed in range(10):
+        env.reset(seed=seed)
+        task = env.unwrapped
+        y, left, right = task.doors[wall]
+        assert (y, right - left) == pytest.approx(((60, 90)[wall], 40))
+        for x, hit in [(left - 1, True), (left + 1, False), (right - 1, False), (right + 1, True)]:
+            env.reset(seed=seed)
+            task.trail = [np.array([x, y - 0.5])]
+            observation, reward, terminated, _, info = env.step(np.float32([-0.5]))
+            assert terminated is (reward == -2) is hit
+            assert observation in env.observation_space
+            assert not info["success"]
+
+
+@each(
+    ("before", "after", "hit"),
+    [
+        ((5, 50), (5, 59.9), False),  # stops short of the wall
+        ((5, 50), (5, 60), True),  # stops at the wall
+        ((25, 50), (25, 60), False),  # stops in the door
+        ((25, 60), (25, 62), False),  # goes on from there
+        ((25, 60), (5, 60), True),  # walks along the wall into the post
+        ((25, 60), (35, 60), False),  # walks along the wall inside the door
+        ((9, 59), (11, 61), False),  # meets the wall exactly at the edge of the door
+        ((8.9, 59), (10.9, 61), True),  # ends in front of the door but crosses beside it
+        ((51, 61), (49.1, 59), True),  # crosses downwards, beside the door
+        ((49, 61), (51, 59), False),
+        ((5, 61), (5, 70), False),
+    ],
+)
+def test_hits_wall(before, after, hit):
+    assert hits_wall(np.array(before), np.array(after), 60.0, 10.0, 50.0) is hit
+
+
+NEARBY = -1e-9, 0, 1e-9
+
+
+@given(*[st.floats(0, 150)] * 4, st.floats(10, 100))
+@example(10.0, 60.0, 78.87690827376503, 0.0, 10.0)  # begins at the edge of the door
+def test_hits_wall_agrees_with_a_dense_walk(x0, y0, x1, y1, left):
+    before, after = np.array([x0, y0]), np.array([x1, y1])
+    hit = hits_wall(before, after, 60.0, left, left + 40)
+    back = [hits_wall(after, before, 60.0, left + shift, left + 40 + shift) for shift in NEARBY]
+    assert hit in back or y0 == y1  # but for rounding
+    if (y0 - 60) * (y1 - 60) < -1e-3:
+        way = before + np.linspace(0, 1, 20001)[:, None] * (after - before)
+        x = way[np.abs(way[:, 1] - 60).argmin(), 0]
+        if min(abs(x - left), abs(x - left - 40)) > 0.1:
+            assert hit == (not left <= x <= left + 40)
+    elif (y0 - 60) * (y1 - 60) > 0:
+        assert not hit
+
+
+def pixels(image, colour):
+    """Row and column of those of a colour, (n, 2)."""
+    return np.argwhere((image == colour).all(-1))
+
+
+@each("env_id", POINTS)
+def test_rendering(env_id):
+    env = envs.make(env_id, render_mode="rgb_array")
+    env.reset(seed=0)
+    first = env.render()
+    assert first.shape == (300, 300, 3) and first.dtype == np.uint8
+    for _ in range(10):
+        env.step(np.float32([-0.5]))
+    # The point has gone up by 18 units, 36 pixels.
+    before, after = (pixels(image, RED).mean(0) for image in (first, env.render()))
+    np.testing.assert_allclose(before - after, [36, 0], atol=1)
+    trail = pixels(env.render(), (240, 170, 120))[:, 0]
+    assert len(trail) > 5 and after[0] <= trail.min() <= trail.max() <= before[0] + 1
+    walls = (first == 0).all(-1).any(1).sum()
+    assert walls == (8 if env_id == "PointMassDoor-v0" else 0)
+
+
+def test_rendering_the_cue_and_into_a_list():
+    env = envs.make("CueRecall-v0", render_mode="rgb_array_list")
+    cue = env.reset(seed=0)[0]["critic"][0]
+    env.step(np.float32([-0.5]))
+    _, image = env.render()
+    assert (image.shape, image.dtype) == ((300, 300, 3), np.uint8)
+    for half, colour, value in [(image[:150], GREEN, cue), (image[150:], RED, -0.5)]:
+        assert pixels(half, colour)[:, 1].mean() == pytest.approx(150 * (value + 1), abs=1)

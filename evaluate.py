@@ -81,17 +81,18 @@ class Policy(nn.Module):
 
 
 def load(run, num_envs, video_folder=None):
-    """The options, the environments and the agent of a run."""
+    """What args.json holds, the environments and the agent of a run."""
     try:
         saved = json.loads((run / "args.json").read_text())
-        name = Path(saved.pop("script"))
+        options, name = dict(saved), Path(saved["script"])
+        del options["script"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         sys.exit(f"{run} is no run of a script here: {error!r}")
     if not (Path(__file__).parent / name.name).is_file():
         sys.exit(f"{run} is a run of {name}, which does not lie beside evaluate.py")
     script = importlib.import_module(name.stem)
     try:
-        args = script.Args(**saved)
+        args = script.Args(**options)
     except TypeError as error:
         sys.exit(f"{run} has other options than {name}: {error}")
     args = dataclasses.replace(args, compile=False, cudagraphs=False)
@@ -104,7 +105,8 @@ def load(run, num_envs, video_folder=None):
         agent.load_state_dict(state["agent"])
     except Exception as error:  # torch raises what it likes
         sys.exit(f"{run} has no checkpoint that fits its options: {error!r}")
-    return args, env, agent
+    torch.set_num_threads(args.num_threads)
+    return saved, env, agent
 
 
 def layer(env, kind):
@@ -115,7 +117,7 @@ def layer(env, kind):
     return env if isinstance(env, kind) else None
 
 
-def describe(args, env, actor, box):
+def describe(saved, env, actor, box):
     """What policy.json holds: of obs, the places of its values in the environment's own, if known.
 
     Sizes, bounds of the action, seconds from step to step (null if unknown), options of the run.
@@ -124,7 +126,7 @@ def describe(args, env, actor, box):
     one = env.envs[0].unwrapped if hasattr(env, "envs") else env
     fps = one.metadata.get("render_fps")
     return dict(
-        env_id=args.env_id,
+        env_id=saved["env_id"],
         obs_size=(space["policy"] if isinstance(space, gym.spaces.Dict) else space).shape[0],
         obs_index=None if split is None else np.flatnonzero(split.visible).tolist(),
         z_size=actor.z_dim + 1,
@@ -132,17 +134,17 @@ def describe(args, env, actor, box):
         action_low=box.low.tolist(),
         action_high=box.high.tolist(),
         seconds_per_step=getattr(one, "dt", 1 / fps if fps else None),
-        args=vars(args),
+        run=saved,
     )
 
 
-def export(path, args, env, actor):
+def export(path, saved, env, actor):
     """Write the policy as a program of torch.export, whole or not at all."""
     unit = layer(env, UnitActions)
     box = env.single_action_space if unit is None else unit.box
     if (box.low == box.high).any():  # from what the environment does one cannot tell a_prev
         sys.exit("a policy with an action whose bounds are equal cannot be exported")
-    about = describe(args, env, actor, box)
+    about = describe(saved, env, actor, box)
     zeros = tuple(torch.zeros(about[f"{name}_size"]) for name in ("obs", "z", "action"))
     with warnings.catch_warnings():  # what nn.GRU does to its weights when it is traced
         warnings.filterwarnings("ignore", r".*_flat_weights\[")
@@ -163,8 +165,7 @@ def main(options):
     videos = options.run / "videos" / f"{chosen}-{time.time():.0f}"
     for mode in ("noise-free", "stochastic"):
         film = videos if options.capture_video and mode == chosen else None
-        args, env, agent = load(options.run, num_envs, film)
-        torch.set_num_threads(args.num_threads)
+        saved, env, agent = load(options.run, num_envs, film)
         played = envs.evaluate(agent.actor, env, options.episodes, mode == "noise-free", seed)
         env.close()
         returns = [episode["rewards"].sum() for episode in played]
@@ -177,14 +178,14 @@ def main(options):
             f"length {length:.0f}{success}, {len(played)} episodes"
         )
         if options.save_demonstrations and mode == chosen:
-            envs.demonstrations.save(options.save_demonstrations, played, env, vars(args))
+            envs.demonstrations.save(options.save_demonstrations, played, env, saved)
     for video in sorted(videos.glob("*.mp4")):
         if int(video.stem.split("-")[-1]) < len(range(0, options.episodes, num_envs)):
             print(video)
         else:  # cut short, when the other environments had played their share
             video.unlink()
     if options.export:
-        export(options.export, args, env, agent.actor)
+        export(options.export, saved, env, agent.actor)
 
 
 if __name__ == "__main__":

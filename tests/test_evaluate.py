@@ -1,0 +1,221 @@
+"""evaluate.py: what it prints, films, saves and exports of a run, and what it refuses."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import envs
+import envs.demonstrations
+import evaluate
+import s2pg_sac
+
+CUE = dict(env_id="CueRecall-v0", env_kwargs=dict(horizon=5))
+PENDULUM = dict(env_id="InvertedPendulum-v4", hide="velocities")  # its actions lie in [-3, 3]
+ROBOT = """
+import gymnasium as gym
+import numpy as np
+class Robot(gym.Env):
+    observation_space = gym.spaces.Box(-9, 9, (3,))
+    def __init__(self, low=2.0):
+        self.action_space = gym.spaces.Box(np.float32([-1, low]), np.float32([3, 2.5]))
+    def observe(self):
+        return self.np_random.normal(size=3).astype(np.float32)
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observe(), {}
+    def step(self, action):
+        self.t += 1
+        return self.observe(), float(action[0]), False, self.t == 6, {}
+gym.register("Robot-v0", Robot)
+"""
+WITHOUT_US = """
+import sys
+sys.modules["gymnasium"] = None  # importing it fails
+import json, numpy, torch
+files = {"policy.json": ""}
+policy = torch.export.load("policy.pt2", extra_files=files).module()
+about, demo = json.loads(files["policy.json"]), numpy.load("demo.npz")
+rows = iter(torch.tensor(demo["observations"]))
+first, actions = True, []
+for end in demo["terminations"] | demo["truncations"]:
+    if first:
+        z, action = torch.zeros(about["z_size"]), torch.zeros(about["action_size"])
+    action, z = policy(next(rows), z, action)
+    actions.append(action.tolist())
+    first = end
+    if end:
+        next(rows)
+print(json.dumps(actions))
+"""
+
+
+def make_run(folder, script=s2pg_sac, **options):
+    """The folder of a run that has learnt nothing."""
+    torch.manual_seed(0)
+    args = script.Args(**options)
+    agent = script.Agent(args, script.make_env(args, 1), torch.device("cpu"))
+    for name, statistic in agent.named_buffers():
+        if "normalizer" in name:
+            statistic.copy_(torch.rand_like(statistic) + 0.5)
+    saved = vars(args) | dict(script=f"{script.__name__}.py")
+    (folder / "args.json").write_text(json.dumps(saved))
+    torch.save(dict(agent=agent.state_dict()), folder / "checkpoint.pt")
+    return folder
+
+
+@pytest.fixture
+def robot(tmp_path, monkeypatch):
+    """An environment of a user's own, whose bounds of the actions are not symmetric."""
+    (tmp_path / "my_robot.py").write_text(ROBOT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_robot", raising=False)
+    return dict(env_id="my_robot:Robot-v0")
+
+
+@pytest.mark.parametrize(
+    "script, options",
+    [
+        ("s2pg_sac", dict()),
+        ("s2pg_sac", dict(rnn="lstm")),
+        ("s2pg_sac", dict(memoryless=True)),
+        ("bptt_sac", dict(rnn="lstm")),
+    ],
+)
+def test_an_exported_policy_acts_as_in_the_evaluation(script, options, robot, tmp_path):
+    run = make_run(tmp_path, importlib.import_module(script), **robot, **options)
+    files = dict(save_demonstrations=tmp_path / "demo.npz", export=tmp_path / "policy.pt2")
+    evaluate.main(evaluate.Options(run, episodes=2, **files))
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_US], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    with np.load(tmp_path / "demo.npz") as demo:
+        assert demo["actions"].std(0).min() > 1e-3
+        np.testing.assert_allclose(json.loads(result.stdout), demo["actions"], rtol=0, atol=1e-5)
+
+
+def test_an_exported_policy_says_what_it_sees_and_does(tmp_path):
+    run = make_run(tmp_path, **PENDULUM, env_kwargs={})
+    evaluate.main(evaluate.Options(run, episodes=1, export=tmp_path / "policy.pt2"))
+    files = {"policy.json": ""}
+    torch.export.load(tmp_path / "policy.pt2", extra_files=files)
+    about = json.loads(files["policy.json"])
+    assert about.pop("run")["hide"] == "velocities"
+    assert about == dict(
+        env_id="InvertedPendulum-v4", obs_size=2, obs_index=[0, 1], z_size=33, action_size=1,
+        action_low=[-3], action_high=[3], seconds_per_step=pytest.approx(0.04),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_it_prints_films_and_saves_the_same_episodes(stochastic, tmp_path, capsys):
+    run = make_run(tmp_path, **CUE, compile=True, cudagraphs=True)  # as on a card
+    path = tmp_path / "demo.npz"
+    options = dict(stochastic=stochastic, capture_video=True, save_demonstrations=path)
+    evaluate.main(evaluate.Options(run, episodes=9, **options))
+    lines = capsys.readouterr().out.splitlines()
+    videos = sorted(map(str, run.glob("videos/*/*.mp4")))
+    assert lines[2:] == videos and len(videos) == 2  # of 9 episodes in 8 environments
+
+    env = envs.make_vec("CueRecall-v0", horizon=5)
+    episodes = envs.demonstrations.load(str(path), env)
+    with np.load(path) as file:
+        made_by, returns = json.loads(str(file["made_by"])), file["rewards"].reshape(9, 5).sum(1)
+    assert made_by["script"] == "s2pg_sac.py" and made_by["env_kwargs"] == dict(horizon=5)
+    np.testing.assert_allclose(made_by["returns"], returns)
+    modes = ["noise-free", "stochastic"]
+    assert [line.split(":")[0] for line in lines[:2]] == modes
+    assert lines[stochastic] == (
+        f"{modes[stochastic]}: return {returns.mean():.4g} +- {returns.std():.2g}, "
+        "length 5, 9 episodes"
+    )
+    assert len({tuple(e["actions"][:, 0]) for e in episodes}) == (
+        9 if stochastic else 2
+    )  # two cues
+
+
+def test_demonstrations_are_saved_in_the_units_of_the_environment(robot, tmp_path):
+    run = make_run(tmp_path, **robot)
+    path = tmp_path / "demo.npz"
+    evaluate.main(evaluate.Options(run, episodes=1, save_demonstrations=path))
+    with np.load(path) as file:
+        np.testing.assert_allclose(file["actions"][:, 0], file["rewards"], rtol=1e-5)
+        assert (abs(file["actions"][:, 1] - 2.25) <= 0.25).all()
+
+
+def test_the_seed_decides_the_episodes(tmp_path, capsys):
+    """Environment i has the seed of the first + i, so seeds are hashed."""
+    run, said = make_run(tmp_path, **PENDULUM), []
+    for number, seed in enumerate((1, 1, 2)):
+        path = tmp_path / f"{number}.npz"
+        options = evaluate.Options(run, episodes=4, seed=seed, save_demonstrations=path)
+        evaluate.main(options)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+    first, other = (np.load(tmp_path / f"{number}.npz")["observations"] for number in (1, 2))
+    assert not set(first[:, 0]) & set(other[:, 0])
+
+
+def test_it_tells_the_rate_of_success(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path, env_id="PointMassMemory-v0")
+    episodes = [
+        dict(rewards=np.ones(3), successes=np.array(success, dtype=bool))
+        for success in ([0, 1, 0], [0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0])
+    ]
+    monkeypatch.setattr(envs, "evaluate", lambda *args: episodes)
+    evaluate.main(evaluate.Options(run))
+    line = "return 3 +- 0, length 3, success 40%, 5 episodes"
+    assert capsys.readouterr().out == f"noise-free: {line}\nstochastic: {line}\n"
+
+
+@pytest.mark.parametrize(
+    "file, text, says",
+    [
+        ("args.json", "{", "is no run"),
+        ("args.json", "[]", "is no run"),
+        ("args.json", "{}", "script"),
+        ("checkpoint.pt", "torn", "no checkpoint that fits"),
+        (None, dict(script="theirs.py"), "theirs.py, which does not lie beside evaluate.py"),
+        (None, dict(utd=1), "utd"),
+        (None, dict(gamma=2), "--gamma must be in"),
+        (None, dict(state_dim=7), "no checkpoint that fits"),
+        (None, dict(env_kwargs=dict(horizn=5)), "horizn"),
+    ],
+)
+def test_a_run_that_cannot_be_played_is_answered_in_a_sentence(file, text, says, tmp_path):
+    run = make_run(tmp_path, **CUE)
+    if file is None:
+        args = json.loads((run / "args.json").read_text()) | text
+        file, text = "args.json", json.dumps(args)
+    (run / file).write_text(text)
+    with pytest.raises(SystemExit) as exit_info:
+        evaluate.main(evaluate.Options(run, episodes=1))
+    assert says in str(exit_info.value) and exit_info.value.code != 0
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (dict(export=Path("policy.onnx")), "FILE.pt2"),
+        (dict(save_demonstrations=Path("no/demo.npz")), "in a folder that there is"),
+        (dict(episodes=0), "--episodes"),
+    ],
+)
+def test_bad_options_are_answered_in_a_sentence(options, says):
+    with pytest.raises(SystemExit, match=says):
+        evaluate.Options(Path("runs/RUN"), **options)
+
+
+def test_an_action_that_is_held_cannot_be_exported(robot, tmp_path):
+    """The environment does not tell what the policy did there, and a_prev needs it."""
+    run = make_run(tmp_path, **robot, env_kwargs=dict(low=2.5))
+    with pytest.raises(SystemExit, match="bounds are equal"):
+        evaluate.main(evaluate.Options(run, episodes=1, export=tmp_path / "policy.pt2"))
+    assert not list(tmp_path.glob("policy.*"))

@@ -142,21 +142,20 @@ class UnitActions(gym.ActionWrapper, RecordConstructorArgs):
         RecordConstructorArgs.__init__(self)
         super().__init__(env)
         self.box = env.action_space
-        self.low = self.box.low.astype(np.float64)
-        self.span = self.box.high - self.low
+        self.low, self.high = self.box.low.astype(np.float64), self.box.high.astype(np.float64)
         self.action_space = spaces.Box(-1, 1, self.box.shape, np.float32)
 
     def action(self, action: np.ndarray) -> np.ndarray:
         """From [-1, 1] to the units of the environment, [..., A]."""
-        scaled = self.low + 0.5 * (np.asarray(action, np.float64) + 1) * self.span
-        scaled = scaled.astype(self.box.dtype)
-        return np.minimum(np.maximum(scaled, self.box.low), self.box.high)
+        share = 0.5 * (np.asarray(action, np.float64) + 1)
+        scaled = self.low + share * (self.high - self.low)
+        return np.minimum(np.maximum(scaled, self.low), self.high).astype(self.box.dtype)
 
     def reverse(self, action: np.ndarray) -> np.ndarray:
         """From the units of the environment, clipped to its bounds, to [-1, 1], [..., A]."""
-        span = np.where(self.span > 0, self.span, np.inf)  # a held component: -1
-        scaled = 2 * (np.asarray(action, np.float64) - self.low) / span - 1
-        return np.where(self.span > 0, scaled, 0).clip(-1, 1).astype(np.float32)
+        held = self.low == self.high
+        share = (np.asarray(action, np.float64) - self.low) / (self.high - self.low + held)
+        return np.where(held, 0, 2 * share - 1).clip(-1, 1).astype(np.float32)
 
 
 def check_vector(space: spaces.Space, what: str):

@@ -1,15 +1,15 @@
 """Scripts share text, not modules: what has one name is one text in all of them. And none grows."""
 
 import ast
-import difflib
 import functools
+import subprocess
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# lines of each script, by the docs' budget
+# lines of each script, at most
 LIMITS = dict(s2pg_sac=600, bptt_sac=600, s2pg_td3=600, s2pg_ppo=600, bptt_ppo=600)
 LIMITS |= dict(s2pg_gail=700, s2pg_lsiq=700)
 SCRIPTS = [ROOT / f"{name}.py" for name in LIMITS]
@@ -92,13 +92,14 @@ def test_a_script_is_short(path):
 
 def test_the_sac_pair_differs_by_the_algorithm():
     """`diff bptt_sac.py s2pg_sac.py` has at most 260 changed lines."""
-    pair = [(ROOT / name).read_text().splitlines() for name in ("bptt_sac.py", "s2pg_sac.py")]
-    changed = [line for line in difflib.unified_diff(*pair, n=0) if line[0] in "+-"][2:]
-    assert len(changed) <= 260
+    command = ["diff", "bptt_sac.py", "s2pg_sac.py"]
+    diff = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    changed = [line for line in diff.splitlines() if line[0] in "<>"]
+    assert 100 < len(changed) <= 260
 
 
 def test_three_fifths_of_a_script_are_learning():
     texts, source = definitions(SCRIPTS[0]), SCRIPTS[0].read_text()
-    assert LEARNING <= texts.keys()
+    assert texts.keys() >= LEARNING
     learning = sum(text.count("\n") + 1 for name, text in texts.items() if name in LEARNING)
     assert learning >= 0.6 * source.count("\n")

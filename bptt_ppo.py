@@ -1,15 +1,9 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = [
-#   "torch>=2.11", "gymnasium[mujoco]>=1.2", "mujoco>=3.3.5", "tyro", "tensorboard", "numpy", "tqdm"
-# ]
-# ///
 """BPTT-PPO: Proximal Policy Optimisation with a recurrent policy, by backpropagation through time.
 
-The baseline of Al-Hafez, Zhao, Peters, Tateo, "Time-Efficient Reinforcement Learning with
-Stochastic Stateful Policies", ICLR 2024, https://arxiv.org/abs/2311.04082. Policy and value have
-deterministic memories, h_k = GRU(o_k, a_{k-1}, h_{k-1}), and are computed along sequences of at
-most L rows of the rollout, each from the internal state z that was stored while acting:
+Al-Hafez, Zhao, Peters, Tateo, "Time-Efficient Reinforcement Learning with Stochastic Stateful
+Policies", ICLR 2024, arXiv 2311.04082. The policy sees o. Its internal state is deterministic,
+h_k = GRU(o_k, a_{k-1}, h_{k-1}), and V has one of its own. Both are computed along sequences of at
+most L rows of the rollout, from the z stored while acting. It is the baseline of that paper:
 
     delta_t = r_t + gamma (1 - d_t) V(o_{t+1}, h_{t+1}) - V(o_t, h_t)
     A_t     = delta_t + gamma lambda A_{t+1}, up to the end of the episode or of the rollout
@@ -17,34 +11,24 @@ most L rows of the rollout, each from the internal state z that was stored while
     policy  L(pi) = -E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]
     value   L(V)  = E[(V(o, h) - (A + V_old))^2] / 2; --clip-vloss clips it, too
 
-Sequences begin where the rollout or an episode does, and after every L rows; the gradient goes back
-through the h of all their rows before. With --privileged-critic V and its memory see the state s in
-place of o. Its counterpart s2pg_ppo.py needs no gradient through time: compare the two with diff.
+Sequences begin where the rollout or an episode does, and after every L rows; gradients go back
+through the h of all their rows before. With --privileged-critic V and its internal state see the
+state s in place of o. Compare s2pg_ppo.py by diff.
 
-Unlike CleanRL's PPO: ReLU and PyTorch's initialisation, advantages normalised over the rollout,
-Pop-Art in place of normalised rewards, values not clipped by default, --target-kl over an epoch.
-
-    python bptt_ppo.py --env-id InvertedPendulum-v4 --total-timesteps 200000
+    python bptt_ppo.py --env-id InvertedPendulum-v4 --total-timesteps 100000
     python bptt_ppo.py --env-id Humanoid-v4 --sequence-length 16 --num-envs 8 --seed 1
-    python bptt_ppo.py --evaluate runs/RUN --eval-episodes 20 --capture-video
+    python evaluate.py runs/RUN --episodes 20 --capture-video
 """
 
-import collections
-import dataclasses
-import functools
-import importlib.util
 import json
 import math
-import os
-import pickle
-import re
 import signal
 import sys
 import time
-import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import torch
 import tyro
@@ -52,126 +36,62 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import envs
 
-
-@dataclasses.dataclass
+@dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """name of this experiment"""
-    seed: int = 1
-    """seed of the networks, the noise and the environments, >= 0"""
-    torch_deterministic: bool = True
-    """sets `torch.backends.cudnn.deterministic`"""
-    cuda: bool = True
-    """use a CUDA card where there is one"""
-    track: bool = False
-    """log to Weights and Biases as well"""
-    wandb_project_name: str = "s2pg"
-    """project of Weights and Biases"""
-    wandb_entity: str | None = None
-    """entity (team) of Weights and Biases"""
-    capture_video: bool = False
-    """record videos of the first environment into the run's `videos` folder"""
+    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, a task of `envs`, or yours: module:Id-v0
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # wind True
+    hide: Literal["none", "velocities", "positions"] = "none"  # from the policy, in MuJoCo tasks
+    privileged_critic: bool = False  # the critic sees the whole state in place of o
+    num_envs: int = 1  # environments stepped together
+    total_timesteps: int = 1_000_000  # environment steps, over all environments
 
-    env_id: str = "InvertedPendulum-v4"
-    """a Gymnasium MuJoCo id, a memory task of `envs`, or your own as `module:Id-v0`"""
-    env_kwargs: dict[str, int | float | bool | str] = dataclasses.field(default_factory=dict)
-    """arguments of the environment, as `--env-kwargs name value name value`"""
-    total_timesteps: int = 1_000_000
-    """environment steps of the whole run, counted over all environments"""
-    num_envs: int = 1
-    """environments stepped together, >= 1"""
-    hide: Literal["none", "velocities", "positions"] = "none"
-    """what a MuJoCo observation hides from the policy; `TUNED` in this file has velocities"""
-    random_bodies: bool = False
-    """draw masses and geom sizes anew each episode; only a privileged critic is told"""
-    wind: bool = False
-    """push the torso with a constant force of random sign, and reward running that way; only a
-    privileged critic is told"""
-    privileged_critic: bool = False
-    """let the critic see the whole state instead of what the policy sees"""
+    num_steps: int = 2048  # rows of a rollout in each environment
+    sequence_length: int = 32  # rows L that gradients flow through; 1: none through time
+    num_minibatches: int = 32  # gradient steps in an epoch, or as many as there are sequences
+    update_epochs: int = 10  # epochs over a rollout
+    learning_rate: float = 3e-4  # of actor and critic
+    anneal_lr: bool = True  # the learning rate falls to zero, linearly over the run
+    gamma: float = 0.99  # discount, in [0, 1)
+    gae_lambda: float = 0.95  # lambda of the generalised advantage estimates, in [0, 1]
+    norm_adv: bool = True  # normalise the advantages of a rollout
+    clip_coef: float = 0.2  # eps, how far rho may leave 1; with --clip-vloss also V its old value
+    clip_vloss: bool = False  # V moves by at most eps standard deviations of the returns
+    ent_coef: float = 0.0  # weight of the entropy of a
+    vf_coef: float = 0.5  # weight of the loss of V
+    max_grad_norm: float = 0.5  # norm at which the gradient is clipped
+    target_kl: float = math.inf  # no further epoch where the policy has diverged by more
 
-    rnn: Literal["gru", "lstm", "rnn"] = "gru"
-    """recurrent layer that gives the memory h"""
-    state_dim: int = 32
-    """size of the recurrent layer (the internal state of an LSTM, h and c, is twice as large)"""
-    sequence_length: int = 32
-    """rows L that gradients flow through at most"""
-    std: float = 0.5
-    """standard deviation of the action at the start, where its range is [-1, 1]"""
+    rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent layer
+    state_dim: int = 32  # size of the layer; an LSTM's z = (h, c) is twice as large
+    std: float = 0.5  # standard deviation of a at the start; a is clipped to [-1, 1]
 
-    learning_rate: float = 3e-4
-    """learning rate of actor and critic"""
-    anneal_lr: bool = True
-    """let the learning rate fall to zero, linearly over the run"""
-    num_steps: int = 2048
-    """rows of a rollout in each environment"""
-    num_minibatches: int = 32
-    """minibatches of an epoch, or as many as there are sequences"""
-    update_epochs: int = 10
-    """epochs over a rollout"""
-    gamma: float = 0.99
-    """discount factor, in [0, 1)"""
-    gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimates, in [0, 1]"""
-    norm_adv: bool = True
-    """normalise the advantages of a rollout"""
-    clip_coef: float = 0.2
-    """how far rho may leave 1; with --clip-vloss also V its old value"""
-    clip_vloss: bool = False
-    """clip the loss of the values, too, which lets V move by clip_coef standard deviations of the
-    returns in a rollout"""
-    ent_coef: float = 0.0
-    """weight of the entropy of the action"""
-    vf_coef: float = 0.5
-    """weight of the loss of the values"""
-    max_grad_norm: float = 0.5
-    """norm at which the gradient is clipped"""
-    target_kl: float | None = None
-    """no further epoch on a rollout once the divergence from the old policy, over an epoch, is
-    larger"""
+    seed: int = 1  # of the networks, the noise and the environments
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    resume: str | None = None  # folder of a run to continue, with its options and those given here
+    checkpoint_frequency: int = 10_000  # steps between checkpoints
+    eval_frequency: int = 10_000  # steps between evaluations; 0 for none
+    eval_episodes: int = 5  # episodes of an evaluation, noise-free and stochastic each
+    track: bool = False  # log to Weights and Biases as well
+    wandb_project_name: str = "s2pg"  # its project
+    wandb_entity: str | None = None  # its team
+    cuda: bool = True  # use a CUDA card where there is one
+    num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
+    compile: bool = False  # on CUDA: torch.compile the loss
+    cudagraphs: bool = False  # on CUDA: replay acting and gradient steps as graphs
 
-    resume: str | None = None
-    """folder of a run to continue, from its last update on; options given beside it replace the
-    run's own, but the random state comes from the checkpoint"""
-    checkpoint_frequency: int = 10_000
-    """environment steps between two checkpoints"""
-    eval_frequency: int = 10_000
-    """environment steps between two evaluations; 0 for none but the last"""
-    eval_episodes: int = 5
-    """episodes of an evaluation, deterministic and stochastic each"""
-    evaluate: str | None = None
-    """folder of a run to replay instead of training"""
-    save_demonstrations: str | None = None
-    """with --evaluate: write the deterministic episodes to this .npz file"""
-    stochastic_demonstrations: bool = False
-    """write the stochastic episodes instead: an expert with the noise that it was trained with"""
-    num_threads: int = 1
-    """CPU threads of torch; more than one rarely pays for networks of this size"""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """precision of float32 matrix products: "medium" allows bfloat16 and, on a CPU, other kernels,
-    which may be faster (SAC) or slower (PPO)"""
-    compile: bool = False
-    """on CUDA: torch.compile the losses"""
-    cudagraphs: bool = False
-    """on CUDA: capture acting and the step of a minibatch as graphs, and replay each with one
-    launch"""
-
-    def limits(self):
-        """The least and the largest value of each number, and what else they depend on."""
-        inf = math.inf
-        return dict(
-            seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf),
-            state_dim=(1, inf),
-            sequence_length=(1, inf),
-            std=(1e-9, inf),
-            learning_rate=(0, inf), num_steps=(2, inf), num_minibatches=(1, inf),
-            update_epochs=(1, inf), gamma=(0, 1 - 1e-9), gae_lambda=(0, 1), clip_coef=(1e-9, inf),
-            ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf), target_kl=(0, inf),
+    def __post_init__(self):
+        rows, inf = self.num_steps * self.num_envs, math.inf
+        for name, (low, high) in dict(
+            seed=(0, inf), num_envs=(1, inf), num_steps=(2, inf), num_minibatches=(1, rows),
+            update_epochs=(1, inf), learning_rate=(0, inf), gamma=(0, 1 - 1e-9), gae_lambda=(0, 1),
+            clip_coef=(1e-9, inf), ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf),
+            target_kl=(0, inf), state_dim=(1, inf), std=(1e-9, inf), sequence_length=(1, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
-            num_threads=(1, inf),
-        )  # fmt: skip
+        ).items():  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                sys.exit(f"--{name.replace('_', '-')} must be in [{low}, {high}]")
 
 
 # Defaults that differ by task; options on the command line come before these.
@@ -189,71 +109,53 @@ TUNED = {
 
 
 class RecurrentNetwork(nn.Module):
-    """Outputs of o_k (or s_k) and of the memory h_k of a recurrent layer, which sees a_{k-1}, too.
+    """Outputs of o_k (or s_k) and of the internal state h_k, which depends on a_{k-1}, too.
 
-    Shapes: o [B, O], normalised; a_prev [B, A]; h [B, H]; z, z' [B, Z]. The internal state z is h
-    one step before, and (h, c) for an LSTM.
+    Shapes: o [B, O], normalised; a_prev [B, A]; h [B, H]; z, z' [B, Z]. The z of a step is the h
+    before it, and (h, c) for an LSTM.
     """
 
-    def __init__(self, obs_dim, action_dim, state_dim, rnn, outputs):
+    def __init__(self, obs_dim, action_dim, outputs, args):
         super().__init__()
-        self.rnn, self.z_dim = rnn, 2 * state_dim if rnn == "lstm" else state_dim
+        self.rnn, self.action_dim, self.state_dim = args.rnn, action_dim, args.state_dim
+        self.z_dim = 2 * self.state_dim if args.rnn == "lstm" else self.state_dim
         self.normalizer = RunningNormalizer(obs_dim, clip=10.0)
         self.hidden_obs = nn.Linear(obs_dim, 128)
-        self.memory_obs = nn.Linear(obs_dim, 128)
-        self.memory_action = nn.Linear(action_dim, 128)
-        layers = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
-        self.layer = layers[rnn](256, state_dim)
-        self.hidden = nn.Linear(128 + state_dim, 128)
+        self.kernel_obs = nn.Linear(obs_dim, 128)
+        self.kernel_action = nn.Linear(action_dim, 128)
+        self.layer = getattr(nn, args.rnn.upper())(256, self.state_dim)
+        self.hidden = nn.Linear(128 + self.state_dim, 128)
         self.head = nn.Linear(128, outputs)
 
-    def remember(self, obs, z, a_prev):
-        """h [T, B, H] and the last z' [B, Z] of rows `obs`, `a_prev` [T, B, .] that follow z."""
-        e = torch.relu_(torch.cat([self.memory_obs(obs), self.memory_action(a_prev)], -1))
-        if self.rnn == "lstm":
-            h, c = z.unsqueeze(0).chunk(2, -1)
-            outputs, state = self.layer(e, (h.contiguous(), c.contiguous()))
-            return outputs, torch.cat(state, -1).squeeze(0)
-        outputs, h = self.layer(e, z.unsqueeze(0).contiguous())  # as cuDNN asks for
-        return outputs, h.squeeze(0)
-
-    def forward(self, obs, h):
-        """[B, outputs] of single rows and their memories."""
+    def forward(self, obs, z, a_prev):
+        """Outputs [T, B, .] and the last z' [B, Z] of rows `obs`, `a_prev` [T, B, .] after z."""
+        e = torch.relu_(torch.cat([self.kernel_obs(obs), self.kernel_action(a_prev)], -1))
+        z = [part.unsqueeze(0).contiguous() for part in z.split(self.state_dim, -1)]
+        h, z = self.layer(e, tuple(z) if self.rnn == "lstm" else z[0])
         features = torch.cat([torch.relu_(self.hidden_obs(obs)), h], -1)
-        return self.head(torch.relu_(self.hidden(features)))
+        z = torch.cat(z, -1).squeeze(0) if self.rnn == "lstm" else z.squeeze(0)
+        return self.head(torch.relu_(self.hidden(features))), z
 
     def step(self, obs, z, a_prev):
-        """[B, outputs] and z' [B, Z] after one raw observation."""
-        obs = self.normalizer(obs)
-        h, z_next = self.remember(obs.unsqueeze(0), z, a_prev.unsqueeze(0))
-        return self(obs, h.squeeze(0)), z_next
+        """Outputs [B, .] and z' [B, Z] after one raw observation."""
+        outputs, z = self(self.normalizer(obs).unsqueeze(0), z, a_prev.unsqueeze(0))
+        return outputs.squeeze(0), z
 
 
 class RecurrentGaussianActor(RecurrentNetwork):
-    """The policy pi(a | o, h), a diagonal Gaussian with a state-free std.
+    """The policy pi(a | o, h), a diagonal Gaussian; the environment gets a clipped to [-1, 1]."""
 
-    The environment and a_prev get a clipped to [-1, 1].
-    """
+    def __init__(self, obs_dim, action_dim, args):
+        super().__init__(obs_dim, action_dim, action_dim, args)
+        self.log_std = nn.Parameter(torch.tensor([args.std] * action_dim).log())
 
-    def __init__(self, obs_dim, action_dim, state_dim, rnn, std):
-        super().__init__(obs_dim, action_dim, state_dim, rnn, outputs=action_dim)
-        self.action_dim = action_dim
-        self.log_std = nn.Parameter(torch.full((action_dim,), std).log())
-
+    @torch.no_grad()
     def act(self, obs, z, a_prev, deterministic=False):
         """a [B, A], clipped, sampled or noise-free, and z' [B, Z], after raw `obs`."""
-        a, z_next = self.step(obs, z, a_prev)
+        a, z = self.step(obs, z, a_prev)
         if not deterministic:
             a = a + self.log_std.exp() * torch.randn_like(a)
-        return a.clamp(-1, 1), z_next
-
-
-class RecurrentCritic(RecurrentNetwork):
-    """V [B, 1] of o and h, or of the state s and its own h, in units of `returns`."""
-
-    def __init__(self, critic_dim, action_dim, state_dim, rnn):
-        super().__init__(critic_dim, action_dim, state_dim, rnn, outputs=1)
-        self.returns = RunningNormalizer(min_std=1e-2)
+        return a.clamp(-1, 1), z
 
 
 class RunningNormalizer(nn.Module):
@@ -276,61 +178,107 @@ class RunningNormalizer(nn.Module):
     def inverse(self, x):
         return x * self.std + self.mean
 
-    def update(self, x):
-        """Take in rows x [B, .] (Chan et al. 1979, parallel variance)."""
-        n = self.count + len(x)
-        delta = x.mean(0) - self.mean
-        squares = self.var * self.count + x.var(0, correction=0) * len(x)
-        self.var.copy_((squares + delta.square() * self.count * len(x) / n) / n)
-        self.mean += delta * len(x) / n
-        self.count.copy_(n)
+    def update(self, x, weight):
+        """Take in rows x [..., .] of `weight` [...] 1 (Chan et al. 1979, parallel variance)."""
+        mean, var = moments(x, weight)
+        delta, share = mean - self.mean, weight.sum() / (self.count + weight.sum())
+        self.mean += share * delta
+        self.var.lerp_(var, share).add_(share * (1 - share) * delta.square())
+        self.count += weight.sum()
 
 
-@torch.no_grad()
-def update_returns(normalizer, head, returns):
-    """Take in `returns` [B], and rescale the layer that predicts them so that no V changes.
+def moments(x, weight):
+    """Mean and variance of rows x [..., .], which count as `weight` [...] says."""
+    x, weight = x.flatten(0, weight.dim() - 1), weight.flatten() / weight.sum()
+    mean = weight @ x
+    return mean, weight @ (x - mean).square()
+
+
+def update_returns(normalizer, head, returns, weight):
+    """Take in `returns`, and rescale the layer that predicts them so that no V changes.
 
     Pop-Art: van Hasselt et al., "Learning values across many orders of magnitude", 2016, eq. 4.
     """
     mean, std = normalizer.mean.clone(), normalizer.std
-    normalizer.update(returns)
+    normalizer.update(returns, weight)
     head.weight *= std / normalizer.std
     head.bias.copy_((std * head.bias + mean - normalizer.mean) / normalizer.std)
 
 
 class Rollout:
-    """Up to num_steps rows [time, env] of a vector environment (autoreset next step), and one more.
+    """num_steps rows of each environment (autoreset next step), and one more that completes them.
 
-    An episode of T transitions fills T + 1 rows; the last holds the final observation, and its
-    action is ignored. Row t + 1 completes row t: it holds the next observation and internal state.
-    So a row is a transition unless its successor is the `first` of an episode. The row after the
-    last has no action yet; it is the first of the next rollout as well.
+    An episode of T transitions fills T + 1 rows; the last holds the final observation, its action
+    is ignored. A row before the `first` of an episode is no transition, and has weight 0. Rows that
+    a shorter rollout does not reach count as `first`. `sample` is drawn before a is clipped.
     """
 
-    def __init__(self, num_steps, num_envs, obs_dim, critic_dim, z_dim, action_dim, device):
-        def rows(*shape, dtype=torch.float32, device=device):
-            return torch.zeros(num_steps + 1, num_envs, *shape, dtype=dtype, device=device)
+    def __init__(self, num_steps, num_envs, widths, device):
+        self.device, self.length = device, 0
+        self.rows = torch.zeros(num_steps + 1, num_envs, sum(widths) + 5, device=device)
+        columns = self.rows.split([*widths, 5], -1)  # views [T + 1, N, .]
+        self.obs, self.state, self.z, self.a_prev, self.sample, numbers = columns
+        self.log_prob, self.value, self.reward, self.terminated, self.first = numbers.unbind(-1)
 
-        self.obs, self.critic_obs = rows(obs_dim), rows(critic_dim)
-        self.z, self.a_prev = rows(z_dim), rows(action_dim)
-        self.action = rows(action_dim)  # the sample, before it is clipped
-        self.log_prob, self.value = rows(), rows()
-        # rewards and ends of episodes go to the device once a rollout, and not row by row
-        self.reward = rows(device="cpu")
-        self.terminated, self.first = (rows(dtype=torch.bool, device="cpu") for _ in range(2))
-        self.length, self.device = 0, device
-
-    def add(self, **row):
-        """Write the next row, or a part of it: arrays or tensors [num_envs, ...] by their names."""
-        for name, value in row.items():
-            getattr(self, name)[self.length] = torch.as_tensor(value)
+    def add(self, obs, state, z, a_prev, sample, log_prob, value, reward, terminated, first):
+        """Write a row per environment: tensors [N, .] on the device, and three arrays [N]."""
+        given = to_device(np.stack([reward, terminated, first], -1), self.device)
+        numbers = torch.cat([torch.stack([log_prob, value], -1), given], -1)
+        self.rows[self.length] = torch.cat([obs, state, z, a_prev, sample, numbers], -1)
         self.length += 1
 
-    def clear(self):
-        """Begin a new rollout; returns the finished one as a dict of tensors [T + 1, N, ...]."""
-        length, self.length = self.length, 0
-        rows = {k: v[:length] for k, v in vars(self).items() if torch.is_tensor(v)}
-        return {name: to_device(value, self.device) for name, value in rows.items()}
+    def finish(self, value, first):
+        """V and `first` of the row after the last, with which the next rollout begins."""
+        self.value[self.length], self.first[self.length :] = value, 1
+        self.first[self.length] = to_device(first, self.device)
+        self.length = 0
+
+
+class Batch(NamedTuple):
+    """Rows of a rollout; `state` is what the critic sees."""
+
+    obs: torch.Tensor  # [B, O], normalised
+    state: torch.Tensor  # [B, S], normalised
+    z: torch.Tensor  # [B, Z]
+    a_prev: torch.Tensor  # [B, A]
+    sample: torch.Tensor  # [B, A]
+    old_log_prob: torch.Tensor  # [B]
+    old_value: torch.Tensor  # [B], normalised like the returns
+    advantage: torch.Tensor  # [B]
+    returns: torch.Tensor  # [B], normalised
+    weight: torch.Tensor  # [B], 1 or 0, for a row that is no transition
+
+
+@torch.no_grad()
+def make_batch(rollout, actor, critic, args):
+    """The rows [T, N] of a rollout, with advantages and returns, of which V is told (Pop-Art)."""
+    weight, value = 1 - rollout.first[1:], rollout.value[:-1]
+    advantage = gae(rollout, weight, args.gamma, args.gae_lambda)
+    returns = advantage + value
+    update_returns(critic.returns, critic.head, returns, weight)
+    if args.norm_adv:
+        mean, var = moments(advantage, weight)
+        advantage = (advantage - mean) / (var.sqrt() + 1e-8)
+    obs, state = actor.normalizer(rollout.obs[:-1]), critic.normalizer(rollout.state[:-1])
+    return Batch(
+        obs, state, rollout.z[:-1], rollout.a_prev[:-1], rollout.sample[:-1], rollout.log_prob[:-1],
+        critic.returns(value), advantage, critic.returns(returns), weight,
+    )  # fmt: skip
+
+
+def gae(rollout, transition, gamma, gae_lambda):
+    """Generalised advantage estimates [T, N] (Schulman et al. 2016, eq. 16).
+
+    Time limits are bootstrapped through, as only `terminated` cuts delta. The sum ends with the
+    episode, as its final row is no `transition` [T, N], and gets 0.
+    """
+    next_value = (1 - rollout.terminated[:-1]) * rollout.value[1:]
+    delta = transition * (rollout.reward[:-1] + gamma * next_value - rollout.value[:-1])
+    decay = gamma * gae_lambda * transition
+    advantage = torch.zeros_like(rollout.value)
+    for t in reversed(range(len(delta))):
+        torch.addcmul(delta[t], decay[t], advantage[t + 1], out=advantage[t])
+    return advantage[:-1]
 
 
 def gaussian_log_prob(x, mean, log_std):
@@ -339,659 +287,314 @@ def gaussian_log_prob(x, mean, log_std):
     return -0.5 * standardized.square().sum(-1) - (log_std + 0.5 * math.log(2 * math.pi)).sum()
 
 
-def gaussian_entropy(log_std):
-    """Entropy of a diagonal Gaussian, in nats."""
-    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+LOSSES = "policy_loss", "value_loss", "old_approx_kl", "approx_kl", "clipfrac", "entropy"
 
 
-def gae(reward, value, terminated, valid, gamma, gae_lambda):
-    """Generalised advantage estimates [T, N] (Schulman et al. 2016, eq. 16); 0 where not `valid`.
+def ppo_loss(log_prob, value, log_std, batch, args):
+    """L(pi) + vf_coef L(V) - ent_coef entropy of a minibatch; and its `LOSSES` [6], detached."""
+    assert log_prob.shape == value.shape == batch.weight.shape, "[B, 1] * [B] would be [B, B]"
+    weight = batch.weight / batch.weight.sum().clamp(min=1)
+    # rho = 1 where there is no weight: it could be infinite, and infinity times 0 is NaN
+    log_ratio = torch.where(weight > 0, log_prob - batch.old_log_prob, 0)
+    ratio, advantage, eps = log_ratio.exp(), batch.advantage, args.clip_coef
 
-    `value` has one row more, [T + 1, N]. Time limits are bootstrapped through, as only `terminated`
-    cuts delta. The sum ends with the episode, as its final row is not a `valid` transition.
-    """
-    delta = valid * (reward + gamma * ~terminated * value[1:] - value[:-1])
-    decay = gamma * gae_lambda * valid
-    advantage = torch.zeros_like(value)
-    for t in reversed(range(len(delta))):
-        torch.addcmul(delta[t], decay[t], advantage[t + 1], out=advantage[t])
-    return advantage[:-1]
-
-
-def clipped_policy_loss(log_prob, old_log_prob, advantage, clip_coef):
-    """-min(rho A, clip(rho, 1 - eps, 1 + eps) A) [B] (Schulman et al. 2017, eq. 7); log rho [B].
-
-    ValueError unless all three are [B]: [B, 1] and [B] would be multiplied to [B, B], without a
-    word.
-    """
-    if log_prob.ndim != 1 or not log_prob.shape == old_log_prob.shape == advantage.shape:
-        shapes = [tuple(x.shape) for x in (log_prob, old_log_prob, advantage)]
-        raise ValueError(f"log_prob, old_log_prob and advantage must be [B], and are {shapes}")
-    log_ratio = log_prob - old_log_prob
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    return -torch.min(ratio * advantage, clipped * advantage), log_ratio.detach()
-
-
-def value_loss(value, old_value, returns, clip_coef):
-    """(V - R)^2 / 2 [B]; with a `clip_coef`, of V or V clipped near its old value, the worse."""
-    error = (value - returns).square()
-    if clip_coef is not None:
-        clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
-        error = torch.max(error, (clipped - returns).square())
-    return 0.5 * error
-
-
-class RolloutSequences(NamedTuple):
-    """B sequences of L rows of a rollout; where they end sooner, the rest is not `inside`."""
-
-    obs: torch.Tensor  # [L, B, O], normalised
-    state: torch.Tensor  # [L, B, S], what the critic sees, normalised
-    z: torch.Tensor  # [L, B, Z actor + Z critic], of which the first row is used
-    a_prev: torch.Tensor  # [L, B, A]
-    action: torch.Tensor  # [L, B, A]
-    old_log_prob: torch.Tensor  # [L, B]
-    old_value: torch.Tensor  # [L, B], normalised like the returns
-    advantage: torch.Tensor  # [L, B]
-    returns: torch.Tensor  # [L, B], normalised
-    inside: torch.Tensor  # [L, B]: is it a transition of its sequence?
+    # -min(rho A, clip(rho, 1 - eps, 1 + eps) A), Schulman et al. 2017, eq. 7
+    policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage)
+    value_loss = 0.5 * (value - batch.returns).square()
+    if args.clip_vloss:  # of V, or of V clipped near its old value, the worse
+        near = batch.old_value + (value - batch.old_value).clamp(-eps, eps)
+        value_loss = torch.max(value_loss, 0.5 * (near - batch.returns).square())
+    kl, clipped = ratio - 1 - log_ratio, (ratio - 1).abs() > eps
+    losses = [(weight * x).sum() for x in (policy_loss, value_loss, -log_ratio, kl, clipped)]
+    entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+    loss = losses[0] + args.vf_coef * losses[1] - args.ent_coef * entropy
+    return loss, torch.stack([*losses, entropy]).detach()
 
 
 def cut(first, length):
     """Cut the rows `first` [T + 1, N] of a rollout into sequences of at most `length` transitions.
 
-    They begin where the rollout or an episode does, and after every `length` rows. Returns the
-    times [L, B] and environments [B] of their rows, and a mask [L, B] of those that belong to them.
+    They begin where the rollout or an episode does, and after every `length` rows. Returns times
+    [L, B] and environments [B] of their rows, and a mask [L, B] of those that belong to them.
     """
-    valid, time = ~first[1:], torch.arange(len(first) - 1, device=first.device).unsqueeze(-1)
-    begin = (time * first[:-1]).cummax(0).values  # the row where the episode, or the rollout, began
-    age = time - begin
-    start, env = ((age % length == 0) & valid).nonzero().unbind(-1)
-    length = min(length, int(age.max()) + 1)
-    t = start + torch.arange(length, device=first.device).unsqueeze(-1)
-    inside, t = t < len(valid), t.clamp(max=len(valid) - 1)
-    return t, env, inside & valid[t, env] & (begin[t, env] == begin[start, env])
-
-
-def ppo_loss(log_prob, value, entropy, batch, args, mean=torch.mean):
-    """L(pi) + vf_coef L(V) - ent_coef entropy; its parts, for the log; and log rho [B].
-
-    `mean` is that of a loss [B] over the transitions.
-    """
-    pg_loss, log_ratio = clipped_policy_loss(
-        log_prob, batch.old_log_prob, batch.advantage, args.clip_coef
-    )
-    clip_value = args.clip_coef if args.clip_vloss else None
-    v_loss = value_loss(value, batch.old_value, batch.returns, clip_value)
-    pg_loss, v_loss = mean(pg_loss), mean(v_loss)
-    loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
-    return loss, dict(policy_loss=pg_loss, value_loss=v_loss, entropy=entropy), log_ratio
+    transition, row = ~first[1:], torch.arange(len(first) - 1, device=first.device).unsqueeze(-1)
+    age = row - (row * first[:-1]).cummax(0).values  # rows since the episode or the rollout began
+    start, env = ((age % length == 0) & transition).nonzero().unbind(-1)
+    after = row[: min(length, int(age.max()) + 1)]
+    t = (start + after).clamp(max=len(row) - 1)
+    return t, env, transition[t, env] & (age[t, env] - age[start, env] == after)
 
 
 def bptt_ppo_loss(actor, critic, batch, args):
-    """The loss of the transitions of sequences, whose memories are computed from their first z."""
+    """The loss of sequences, [L, B, .], along which h is computed from the z of their first row."""
     z_actor, z_critic = batch.z[0].split([actor.z_dim, critic.z_dim], -1)
-    h, _ = actor.remember(batch.obs, z_actor, batch.a_prev)
-    log_prob = gaussian_log_prob(batch.action, actor(batch.obs, h), actor.log_std)
-    # rho = 1 outside: it could be infinite there, and infinity times a weight of 0 is NaN
-    log_prob = torch.where(batch.inside, log_prob, batch.old_log_prob).flatten()
-    h, _ = critic.remember(batch.state, z_critic, batch.a_prev)
-    value = critic(batch.state, h).flatten()
-    entropy = gaussian_entropy(actor.log_std)
-    batch = RolloutSequences(*(x.flatten(0, 1) for x in batch))
-    weight = batch.inside.to(value.dtype) / batch.inside.sum()
-    return ppo_loss(log_prob, value, entropy, batch, args, mean=weight.dot)
+    mean, _ = actor(batch.obs, z_actor, batch.a_prev)
+    log_prob = gaussian_log_prob(batch.sample, mean, actor.log_std)
+    value, _ = critic(batch.state, z_critic, batch.a_prev)
+    return ppo_loss(log_prob, value.squeeze(-1), actor.log_std, batch, args)
 
 
-class BPTTPPO:
-    """Networks and optimiser, and the update that trains them.
+class BPTTPPO(nn.Module):
+    """Networks and optimiser, and the update that trains them."""
 
-    `privileged` makes no difference: a rollout is short enough to hold what both see twice.
-    """
-
-    def __init__(self, args, obs_dim, critic_dim, action_dim, privileged, device):
-        self.args, self.device, self.action_dim = args, device, action_dim
-        self.actor = RecurrentGaussianActor(
-            obs_dim, action_dim, args.state_dim, args.rnn, args.std
-        ).to(device)
-        self.critic = RecurrentCritic(critic_dim, action_dim, args.state_dim, args.rnn).to(device)
-        self.z_dim = self.actor.z_dim + self.critic.z_dim  # both have a memory
-        self.parameters = [*self.actor.parameters(), *self.critic.parameters()]
-        self.lr = torch.tensor(args.learning_rate, device=device)  # for a graph to read
+    def __init__(self, args, env, device):
+        super().__init__()
+        self.args, self.device = args, device
+        space = env.single_observation_space
+        obs_dim, critic_dim = (view.shape[0] for view in views(getattr(space, "spaces", space)))
+        self.action_dim = action_dim = env.single_action_space.shape[0]
+        self.actor = RecurrentGaussianActor(obs_dim, action_dim, args)
+        self.critic = RecurrentNetwork(critic_dim, action_dim, 1, args)  # V, in units of `returns`
+        self.critic.returns = RunningNormalizer(min_std=1e-2)
+        self.z_dim = self.actor.z_dim + self.critic.z_dim  # each has an internal state
+        self.row_sizes = [obs_dim, critic_dim, self.z_dim, action_dim, action_dim]
+        self.to(device)
         self.optimizer = torch.optim.Adam(
-            self.parameters, lr=self.lr, eps=1e-5, fused=True, capturable=args.cudagraphs
-        )
+            self.parameters(), torch.tensor(args.learning_rate, device=device), eps=1e-5,
+            fused=True, capturable=args.cudagraphs,
+        )  # fmt: skip
+        self.optimizers = [self.optimizer]
         self.loss = torch.compile(bptt_ppo_loss) if args.compile else bptt_ppo_loss
         if args.cudagraphs:
-            self.act, self.learn = Graphed(self.act), Graphed(self.learn)
-        self.static = None  # rows and sequences, in memory that a graph can read again and again
-        self.row_sizes = obs_dim, critic_dim, self.z_dim, action_dim
-
-    def make_rollout(self):
-        args = self.args
-        return Rollout(args.num_steps, args.num_envs, *self.row_sizes, self.device)
+            self.act, self.graphs = Graphed(self.act), {}
 
     @torch.no_grad()
     def act(self, obs, critic_obs, z, a_prev):
-        """A sample a [N, A] with its log-density [N], z' [N, Z], and the value [N]."""
+        """A sample of a [N, A], z' [N, Z], the density of a [N], and the value [N]."""
         z_actor, z_critic = z.split([self.actor.z_dim, self.critic.z_dim], -1)
         mean, z_actor = self.actor.step(obs, z_actor, a_prev)
-        a = mean + self.actor.log_std.exp() * torch.randn_like(mean)
-        log_prob = gaussian_log_prob(a, mean, self.actor.log_std)
+        sample = mean + self.actor.log_std.exp() * torch.randn_like(mean)
+        log_prob = gaussian_log_prob(sample, mean, self.actor.log_std)
         value, z_critic = self.critic.step(critic_obs, z_critic, a_prev)
-        z_next = torch.cat([z_actor, z_critic], -1)
-        return a, z_next, log_prob, self.critic.returns.inverse(value.squeeze(-1))
+        value = self.critic.returns.inverse(value.squeeze(-1))
+        return sample, torch.cat([z_actor, z_critic], -1), log_prob, value
 
     def update(self, rollout):
         """Epochs over a rollout; returns what to log, as tensors on the device."""
-        args, rows = self.args, rollout.clear()
-        valid, value = ~rows["first"][1:], rows["value"][:-1]
-        advantage = gae(
-            rows["reward"][:-1], rows["value"], rows["terminated"][:-1], valid,
-            args.gamma, args.gae_lambda,
-        )  # fmt: skip
-        returns = advantage + value
-        update_returns(self.critic.returns, self.critic.head, returns[valid])
-        if args.norm_adv:
-            std, mean = torch.std_mean(advantage[valid], correction=0)
-            advantage = (advantage - mean) / (std + 1e-8)
-        obs = self.actor.normalizer(rows["obs"][:-1])
-        state = self.critic.normalizer(rows["critic_obs"][:-1])
-        columns = (
-            obs, state, rows["z"][:-1], rows["a_prev"][:-1], rows["action"][:-1],
-            rows["log_prob"][:-1], self.critic.returns(value), advantage,
-            self.critic.returns(returns),
-        )  # fmt: skip
-        t, env, inside = cut(rows["first"], args.sequence_length)
-        place = t * args.num_envs + env  # in the columns, time by time
-
-        n, most = value.numel(), args.num_steps * args.num_envs
-        if self.static is None:
-            static = [column.new_zeros(most, *column.shape[2:]) for column in columns]
-            longest = min(args.sequence_length, args.num_steps)
-            shape = longest, math.ceil(most / args.num_minibatches)
-            self.static = place.new_zeros(shape), inside.new_zeros(shape), static
-        for static, column in zip(self.static[2], columns):
-            static[:n] = column.flatten(0, 1)
-
-        length, sequences = place.shape
+        args = self.args
+        rows = make_batch(rollout, self.actor, self.critic, args)
+        t, env, inside = cut(rollout.first > 0, args.sequence_length)
+        batch = Batch(*(column[t, env] for column in rows))
+        batch = batch._replace(z=batch.z[:1], weight=batch.weight * inside)
+        minibatches, learn = min(args.num_minibatches, len(env)), self.learn
         for _ in range(args.update_epochs):
-            order, log_ratios = torch.randperm(sequences, device=self.device), []
-            for index in order.tensor_split(min(args.num_minibatches, sequences)):
-                size = len(index)
-                self.static[0][:length, :size] = place[:, index]
-                self.static[1][:length, :size] = inside[:, index]
-                losses, log_ratio = self.learn(length, size)
-                log_ratios.append(log_ratio.view(length, size).clone())
-            log_ratio = torch.cat(log_ratios, 1)[inside[:, order]]
-            ratio = log_ratio.exp()
-            approx_kl = (ratio - 1 - log_ratio).mean()
-            if args.target_kl is not None and approx_kl > args.target_kl:
+            order, total = torch.randperm(len(env), device=self.device), 0
+            for index in order.tensor_split(minibatches):
+                if args.cudagraphs:  # one for each shape
+                    learn = self.graphs.setdefault((len(t), len(index)), Graphed(self.learn))
+                total = total + learn(*(column[:, index] for column in batch))
+            losses = dict(zip(LOSSES, total / minibatches))
+            if losses["approx_kl"] > args.target_kl:
                 break
 
         # the next rollout acts with new statistics, so that within one the policy is one policy
-        self.actor.normalizer.update(rows["obs"][:-1].flatten(0, 1))
-        self.critic.normalizer.update(rows["critic_obs"][:-1].flatten(0, 1))
-        unexplained = (returns - value)[valid].var(correction=0)
-        losses = losses | dict(
-            old_approx_kl=-log_ratio.mean(), approx_kl=approx_kl,
-            clipfrac=((ratio - 1).abs() > args.clip_coef).float().mean(),
-            explained_variance=1 - unexplained / (returns[valid].var(correction=0) + 1e-8),
-        )  # fmt: skip
-        return {f"losses/{name}": value.detach() for name, value in losses.items()}
+        self.actor.normalizer.update(rollout.obs[:-1], rows.weight)
+        self.critic.normalizer.update(rollout.state[:-1], rows.weight)
+        _, unexplained = moments(rows.returns - rows.old_value, rows.weight)
+        _, variance = moments(rows.returns, rows.weight)
+        losses["explained_variance"] = 1 - unexplained / (variance + 1e-8)
+        return {f"losses/{name}": value for name, value in losses.items()}
 
-    def learn(self, length, size):
-        """A gradient step on `size` sequences; returns losses and log rho [length * size]."""
-        place, inside, columns = self.static
-        place, inside = place[:length, :size], inside[:length, :size]
-        minibatch = RolloutSequences(*(column[place] for column in columns), inside)
-        loss, losses, log_ratio = self.loss(self.actor, self.critic, minibatch, self.args)
+    def learn(self, *columns):
+        """A gradient step on a minibatch; returns its `LOSSES`."""
+        loss, losses = self.loss(self.actor, self.critic, Batch(*columns), self.args)
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
+        nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.args.max_grad_norm)
         self.optimizer.step()
-        return {name: value.detach() for name, value in losses.items()}, log_ratio
+        return losses
 
 
-Agent = BPTTPPO  # what `train` and `replay` work with
+Agent = BPTTPPO  # what `train` works with
 
 
 class Graphed:
-    """`function`, captured as a CUDA graph in its fourth call and replayed from then on.
+    """`function` as a CUDA graph from its fourth call on: all its kernels take one launch.
 
-    All its kernels then take one launch. A replay repeats the kernels and not the Python, so what
-    changes between two calls must lie in tensors that are written in place; and it overwrites
-    what the call before returned. There is one graph for each combination of arguments, of which
-    tensors have to be the same objects.
+    Tensor arguments are copied to where it reads them. The next call overwrites the result.
     """
 
     def __init__(self, function):
-        self.function, self.calls, self.graphs = function, collections.Counter(), {}
+        self.function, self.calls = function, 0
 
     def __call__(self, *args):
-        self.calls[args] += 1
-        if self.calls[args] <= 3:  # on a side stream, as the capture: they create what it reuses
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream), warnings.catch_warnings():
-                # of an optimiser that is made for a graph and not in one yet
-                warnings.filterwarnings("ignore", message=".*capturable=True")
-                result = self.function(*args)
-            torch.cuda.current_stream().wait_stream(stream)
+        if self.calls == 0:
+            self.args = [arg.clone() if torch.is_tensor(arg) else arg for arg in args]
+        for static, arg in zip(self.args, args):
+            if torch.is_tensor(arg):
+                static.copy_(arg)
+        self.calls += 1
+        if self.calls < 4:  # on a side stream: these create what the graph reuses
+            with torch.cuda.stream(torch.cuda.Stream()):
+                result = self.function(*self.args)
+            torch.cuda.synchronize()
             return result
-        if args not in self.graphs:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                result = self.function(*args)
-            self.graphs[args] = graph, result
-        graph, result = self.graphs[args]
-        graph.replay()
-        return result
+        if self.calls == 4:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self.function(*self.args)
+        self.graph.replay()
+        return self.result
 
 
 def to_device(array, device):
-    """A host array as a tensor; to a CUDA card through page-locked memory, without waiting."""
-    tensor = torch.as_tensor(array)
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
+    """A float32 copy of a host array, sent without waiting for what the device is doing."""
+    return torch.tensor(array, dtype=torch.float32).to(device, non_blocking=True)
 
 
-def make_env(args, num_envs, video_folder=None):
-    """A vector environment: observations `Dict(policy, critic)`, actions in [-1, 1].
+def make_env(args, num_envs):
+    """Your own may be any vector environment with actions in [-1, 1] and next-step autoreset."""
+    import envs
 
-    Register an environment of your own and name it in --env-id, or put it in the place of
-    `envs.make`: it then has that Dict itself, and an attribute `critic_sees_more`.
-    """
-
-    def make_one(index):
-        film = video_folder is not None and index == 0
-        env = envs.make(
-            args.env_id, hide=args.hide, random_bodies=args.random_bodies, wind=args.wind,
-            privileged_critic=args.privileged_critic, render_mode="rgb_array" if film else None,
-            **args.env_kwargs,
-        )  # fmt: skip
-        if film:
-            try:
-                env.reset(seed=args.seed)
-                env.render()
-                env = gym.wrappers.RecordVideo(env, video_folder, disable_logger=True)
-            except Exception as error:  # graphics drivers raise what they like
-                raise ValueError(
-                    f"cannot record video: {error!r} (without a screen, MUJOCO_GL=egl may help)"
-                ) from error
-        env = gym.wrappers.RecordEpisodeStatistics(env)
-        return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-
-    makers = [functools.partial(make_one, index) for index in range(num_envs)]
-    return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+    options = dict(hide=args.hide, privileged_critic=args.privileged_critic)
+    return envs.make_vec(args.env_id, num_envs, **options, **args.env_kwargs)
 
 
-def dimensions(env):
-    """Sizes of the policy's observation, the critic's and the action; does the critic see more?"""
-    space = env.single_observation_space
-    sizes = space["policy"].shape[0], space["critic"].shape[0], env.single_action_space.shape[0]
-    return *sizes, env.get_attr("critic_sees_more")[0]
+def views(obs):
+    """What the policy and what the critic sees; where it is no dict, both see all of it."""
+    return (obs["policy"], obs["critic"]) if isinstance(obs, dict) else (obs, obs)
 
 
-def env_seed(args, step, evaluation=False):
-    """The seed of the first environment from `step` on; the others have the next ones.
-
-    Runs of other seeds, and evaluation, are given other episodes.
-    """
-    sequence = np.random.SeedSequence([args.seed, evaluation, step])
-    return int(sequence.generate_state(1)[0] >> 1)  # an int32, as some environments want it
-
-
-def evaluate(actor, env, episodes, deterministic, seed):
-    """Play `episodes` episodes, an equal share in each environment; returns a list of them.
-
-    An episode of T steps is a dict of arrays: `observations` (the policy's) and
-    `critic_observations` [T + 1, .], `actions` [T, A] in the environment's own units, `rewards`,
-    `terminations` and `truncations` [T], and `successes` [T] where the environment reports an
-    `info["success"]`. The random numbers of training go on as if never used.
-    """
-    device, n = next(actor.parameters()).device, env.num_envs
-    space = env.get_attr("unwrapped")[0].action_space
-    shares = [len(range(i, episodes, n)) for i in range(n)]
-    rows, played = [[] for _ in range(n)], [[] for _ in range(n)]
-    names = ["actions", "rewards", "terminations", "truncations"]
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        obs, _ = env.reset(seed=seed)
-        z = torch.zeros(n, actor.z_dim, device=device)
-        a_prev = torch.zeros(n, actor.action_dim, device=device)
-        final = np.zeros(n, dtype=bool)  # rows that hold the last observation of an episode
-        while any(len(p) < share for p, share in zip(played, shares)):
-            policy_obs = to_device(obs["policy"], device)
-            action, z = actor.act(policy_obs, z, a_prev, deterministic)
-            a = action.cpu().numpy()
-            next_obs, reward, terminated, truncated, info = env.step(a)
-            a = space.low + 0.5 * (a + 1) * (space.high - space.low)
-            success = info.get("success", np.zeros(n, dtype=bool))
-            columns = obs["policy"], obs["critic"], a, reward, terminated, truncated, success
-            if "success" in info and "successes" not in names:
-                names.append("successes")
-            for i, row in enumerate(zip(*columns)):
-                rows[i].append(row)
-                if len(rows[i]) > 100_000:
-                    raise ValueError("no end of an episode in 100 000 steps; set max_episode_steps")
-                if final[i]:
-                    played[i].append([np.array(column) for column in zip(*rows[i])])
-                    rows[i] = []
-            keep = to_device(~final, device).unsqueeze(-1)
-            z, a_prev = z * keep, action * keep
-            obs, final = next_obs, terminated | truncated
-    return [
-        dict(observations=o, critic_observations=s) | {k: v[:-1] for k, v in zip(names, rest)}
-        for p, share in zip(played, shares)
-        for o, s, *rest in p[:share]
-    ]
-
-
-def log_returns(writer, actor, env, args, step):
-    """Evaluate the actor, log its mean returns, and return them by mode."""
-    result = {}
-    for mode in ("deterministic", "stochastic"):
-        deterministic, seed = mode == "deterministic", env_seed(args, step, evaluation=True)
-        episodes = evaluate(actor, env, args.eval_episodes, deterministic, seed)
-        result[mode] = np.mean([episode["rewards"].sum() for episode in episodes])
-        writer.add_scalar(f"eval/return_{mode}", result[mode], step)
-        if "successes" in episodes[0]:
-            successes = [episode["successes"].any() for episode in episodes]
-            writer.add_scalar(f"eval/success_{mode}", np.mean(successes), step)
-    return result
-
-
-def check_finite(tensors):
-    """FloatingPointError that names the first of `tensors` (a dict) with a NaN or an infinity."""
-    for name, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise FloatingPointError(f"{name} is not finite")
-
-
-def save_checkpoint(run_dir, agent, state):
+def save_run(run_dir, agent, **state):
     """Write RUN/checkpoint.pt whole or not at all, so that a kill leaves the last good one."""
-    for network in (agent.actor, agent.critic):
-        check_finite(network.state_dict())
-    path = os.path.join(run_dir, "checkpoint.pt")
-    parts = {k: v.state_dict() for k, v in vars(agent).items() if hasattr(v, "state_dict")}
-    tensors = {k: v.detach() for k, v in vars(agent).items() if torch.is_tensor(v)}
-    agent_state = dict(algorithm=type(agent).__name__, parts=parts, tensors=tensors)
-    torch.save(agent_state | state, path + ".tmp")
-    os.replace(path + ".tmp", path)
+    if not all(p.isfinite().all() for p in agent.parameters()):
+        sys.exit(f"the weights are not finite any more; {run_dir} keeps its last checkpoint")
+    state |= dict(agent=agent.state_dict(), optimizers=[o.state_dict() for o in agent.optimizers])
+    torch.save(state, run_dir / "checkpoint.pt.tmp")
+    (run_dir / "checkpoint.pt.tmp").replace(run_dir / "checkpoint.pt")
 
 
-def load_checkpoint(run_dir, agent):
-    """Load RUN/checkpoint.pt into `agent`; returns all of it. ValueError where it does not fit."""
-    path = os.path.join(run_dir, "checkpoint.pt")
+def load_run(run_dir, agent):
+    """Go on from RUN/checkpoint.pt; returns its global step and seconds of training."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{run_dir} holds no checkpoint.pt") from None
-    except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged, or no checkpoint") from error
-    if not isinstance(state, dict) or state.get("algorithm") != type(agent).__name__:
-        raise ValueError(f"{path} is no checkpoint of {type(agent).__name__}")
-    try:
-        for name, saved in state["parts"].items():
-            part = getattr(agent, name)
-            before = getattr(part, "param_groups", [])
-            part.load_state_dict(saved)
-            for group, own in zip(getattr(part, "param_groups", []), before):
-                # the options, or the device, may want another
-                group |= dict(lr=own["lr"], capturable=own["capturable"])
-        for name, tensor in state["tensors"].items():
-            getattr(agent, name).data.copy_(tensor)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} holds networks of other sizes than these options") from error
-    return state
-
-
-def passed(every, last_step, step):
-    """Whether a multiple of `every` lies in (last_step, step]; never if `every` is 0."""
-    return every > 0 and step // every > last_step // every
-
-
-def choose_device(args):
-    """CUDA if there is a card and `args` allow it; without one, what is for CUDA alone is off."""
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and (args.compile or args.cudagraphs):
-        args.compile = args.cudagraphs = False
-        print("--compile and --cudagraphs are off, as no CUDA card is used")
-    return device
+        state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        agent.load_state_dict(state["agent"])
+    except Exception as error:  # torch raises what it likes
+        sys.exit(f"{run_dir} has no checkpoint that fits these options: {error!r}")
+    for optimizer, saved in zip(agent.optimizers, state["optimizers"]):
+        groups = optimizer.state_dict()["param_groups"]  # learning rates are those of the options
+        optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
+    return state["global_step"], state["seconds"]
 
 
 def train(args):
-    asked_for = vars(args) | dict(resume=None)
-    device = choose_device(args)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and (args.compile or args.cudagraphs):
+        sys.exit("--compile and --cudagraphs need a CUDA card")
     torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}"
-    run_dir = os.path.normpath(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
+    run_dir = Path(args.resume or "runs/" + name.replace("/", "_").replace(":", "_"))
 
-    videos = f"{run_dir}/videos/training-{time.time():.0f}" if args.capture_video else None
-    env = make_env(args, args.num_envs, videos)
-    eval_env = make_env(args, min(args.eval_episodes, 8))
-    sizes = dimensions(env)
-    agent = Agent(args, *sizes, device)
-    rollout = agent.make_rollout()
-    global_step, seconds = 0, 0.0
-    if args.resume:
-        state = load_checkpoint(run_dir, agent)
-        global_step, seconds = state["global_step"], state["seconds"]
-        if global_step >= args.total_timesteps:
-            raise ValueError(f"{run_dir} has done {global_step} steps; raise --total-timesteps")
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
-    os.makedirs(run_dir, exist_ok=True)
-    args_path = os.path.join(run_dir, "args.json")
-    with open(args_path + ".tmp", "w") as file:
-        json.dump(asked_for, file, indent=2)
-    os.replace(args_path + ".tmp", args_path)
+    env = make_env(args, args.num_envs)
+    eval_env = make_env(args, min(args.eval_episodes, 8)) if args.eval_frequency else None
+    agent = Agent(args, env, device)
+    rollout = Rollout(args.num_steps, args.num_envs, agent.row_sizes, device)
+    global_step, seconds = load_run(run_dir, agent) if args.resume else (0, 0.0)
+    if args.total_timesteps <= global_step:
+        sys.exit(f"{global_step} steps are done: raise --total-timesteps")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    saved_args = vars(args) | dict(resume=None, script=Path(__file__).name)
+    (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
     if args.track:
         import wandb
 
         wandb.init(
             project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
-            name=os.path.basename(run_dir), id=os.path.basename(run_dir)[-64:], resume="allow",
-            sync_tensorboard=True, save_code=True,
+            id=run_dir.name[-64:], resume="allow", sync_tensorboard=True,
         )  # fmt: skip
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
+    stopped_by = []
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
-    def stop(signum, frame):
-        stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)  # the second one does not wait
-
-    stop_signals = []
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    # as if the run had never stopped: `seconds` are those of training, without evaluations
-    start_time = time.time() - seconds
-    rollout_step, rollout_seconds = global_step, seconds  # of the last update
-    returns, metrics, result = collections.deque(maxlen=10), {}, {}
-    # what the agent acts on is written in place, where a graph reads it
-    both_obs = torch.zeros(args.num_envs, sum(sizes[:2]), device=device)
-    policy_obs, critic_obs = both_obs.split(sizes[:2], -1)
-
-    def see(obs):
-        both_obs.copy_(to_device(np.concatenate([obs["policy"], obs["critic"]], -1), device))
-
-    see(env.reset(seed=env_seed(args, global_step))[0])  # a resumed run: new episodes
+    # a resumed run goes on from its last update: the rows after that are played anew
+    update_step, start_time = global_step, time.time() - seconds
+    obs, _ = env.reset(seed=1000 * args.seed + global_step)  # a resumed run: new episodes
     z = torch.zeros(args.num_envs, agent.z_dim, device=device)
     a_prev = torch.zeros(args.num_envs, agent.action_dim, device=device)
     first = np.ones(args.num_envs, dtype=bool)  # rows that begin an episode
     final = np.zeros(args.num_envs, dtype=bool)  # rows that hold its last observation
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
-    with writer, bar:
-        writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
-        while True:
-            action, z_next, log_prob, value = agent.act(policy_obs, critic_obs, z, a_prev)
-            clipped = action.clamp(-1, 1)
-            a = clipped.cpu().numpy()
-            if not np.isfinite(a).all():
-                check_finite(metrics | {"the action": action})  # raises; losses may be the cause
-            next_obs, reward, terminated, truncated, info = env.step(a)
-            rollout.add(
-                obs=policy_obs, critic_obs=critic_obs, z=z, a_prev=a_prev, action=action,
-                log_prob=log_prob, value=value, reward=reward, terminated=terminated, first=first,
-            )  # fmt: skip
-
-            # a final row is no step: the environment ignores its action and begins anew ...
-            last_step, env_step = global_step, global_step + np.cumsum(~final)
-            global_step = int(env_step[-1])
-            bar.update(global_step - last_step)
-            for i in np.flatnonzero(info.get("_episode", [])):
-                returns.append(info["episode"]["r"][i])
-                writer.add_scalar("charts/episodic_return", info["episode"]["r"][i], env_step[i])
-                writer.add_scalar("charts/episodic_length", info["episode"]["l"][i], env_step[i])
-                bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
-            # ... and so does the memory
-            keep = to_device(~final, device).unsqueeze(-1)
-            torch.mul(z_next, keep, out=z)
-            torch.mul(clipped, keep, out=a_prev)
-            see(next_obs)
-            first, final = final, terminated | truncated
-
-            finished, stopped = global_step >= args.total_timesteps, bool(stop_signals)
-            if rollout.length == args.num_steps or finished:
-                *_, value = agent.act(policy_obs, critic_obs, z, a_prev)
-                rollout.add(z=z, value=value, first=first)
-                lr = args.learning_rate
-                if args.anneal_lr:
-                    lr *= 1 - rollout_step / args.total_timesteps
-                agent.lr.fill_(lr)
-                metrics, rollout_step = agent.update(rollout), global_step
-                rollout_seconds = time.time() - start_time
-                check_finite(metrics)
-                for name, value in metrics.items():
-                    writer.add_scalar(name, value, global_step)
-                writer.add_scalar("charts/learning_rate", lr, global_step)
-                sps = global_step / (time.time() - start_time)
-                writer.add_scalar("charts/SPS", sps, global_step)
-            if finished or passed(args.eval_frequency, last_step, global_step):
-                seconds = time.time() - start_time
-                writer.add_scalar("charts/seconds", seconds, global_step)
-                result = log_returns(writer, agent.actor, eval_env, args, global_step)
-                start_time = time.time() - seconds
-            save = finished or passed(args.checkpoint_frequency, last_step, global_step)
-            if save or stopped:
-                # what came after the last update is lost, and is to be played again
-                state = dict(
-                    global_step=rollout_step, seconds=rollout_seconds, rng=torch.get_rng_state()
-                )
-                if device.type == "cuda":
-                    state["cuda_rng"] = torch.cuda.get_rng_state(device)
-                check_finite(metrics)
-                save_checkpoint(run_dir, agent, state)
-            if finished or stopped:
-                break
-    env.close()
-    eval_env.close()
-    if not finished:
-        print(f"stopped at step {rollout_step}; go on with --resume {run_dir}")
-        sys.exit(128 + stop_signals[0])
-    result = ", ".join(f"{mode} {mean:.1f}" for mode, mean in result.items())
-    print(f"{run_dir}: return at step {global_step}: {result}")
-
-
-def replay(args):
-    """Evaluate a trained policy: print its returns, record videos and demonstrations."""
-    device = choose_device(args)
-    for mode in ("deterministic", "stochastic"):
-        deterministic = mode == "deterministic"
-        videos = f"{args.evaluate}/videos/evaluation-{time.time():.0f}"
-        film = args.capture_video and deterministic
-        env = make_env(args, min(args.eval_episodes, 8), videos if film else None)
-        agent = Agent(args, *dimensions(env), device)
-        load_checkpoint(args.evaluate, agent)
-        seed = env_seed(args, 0, evaluation=True)
-        episodes = evaluate(agent.actor, env, args.eval_episodes, deterministic, seed)
-        env.close()
-        returns = [episode["rewards"].sum() for episode in episodes]
-        length = np.mean([len(episode["rewards"]) for episode in episodes])
-        success = ""
-        if "successes" in episodes[0]:
-            rate = np.mean([episode["successes"].any() for episode in episodes])
-            success = f", success {rate:.0%}"
-        print(
-            f"{mode}: return {np.mean(returns):.1f} +- {np.std(returns):.1f}, length {length:.0f}, "
-            f"{len(episodes)} episodes{success}"
+    leaving = False
+    while not leaving:
+        policy_obs, critic_obs = (to_device(view, device) for view in views(obs))
+        sample, z_next, log_prob, value = agent.act(policy_obs, critic_obs, z, a_prev)
+        action = sample[:, : agent.action_dim].clamp(-1, 1)
+        a = action.cpu().numpy()
+        if not np.isfinite(a).all():
+            sys.exit(f"the action is not finite; {run_dir} keeps its last checkpoint")
+        obs, reward, terminated, truncated, info = env.step(a)
+        rollout.add(
+            policy_obs, critic_obs, z, a_prev, sample, log_prob, value, reward, terminated, first
         )
-        if args.save_demonstrations and deterministic != args.stochastic_demonstrations:
-            arrays = {k: np.concatenate([episode[k] for episode in episodes]) for k in episodes[0]}
-            made_by = json.dumps(vars(args) | dict(returns=returns))
-            with open(args.save_demonstrations + ".tmp", "wb") as file:
-                np.savez_compressed(file, **arrays, env_id=args.env_id, made_by=made_by)
-            os.replace(args.save_demonstrations + ".tmp", args.save_demonstrations)
+
+        # a final row is no step: the environment ignores its action and begins anew ...
+        last_step, env_step = global_step, global_step + np.cumsum(~final)
+        global_step = int(env_step[-1])
+        bar.update(global_step - last_step)
+        for i in np.flatnonzero(info.get("_episode", [])):
+            for name, key in ("return", "r"), ("length", "l"):
+                writer.add_scalar(f"charts/episodic_{name}", info["episode"][key][i], env_step[i])
+            bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
+        # ... and so does the internal state
+        keep = to_device(~final, device).unsqueeze(-1)
+        z, a_prev = z_next * keep, action * keep
+        first, final = final, terminated | truncated
+
+        finished = global_step >= args.total_timesteps
+        leaving = finished or bool(stopped_by)
+        if rollout.length == args.num_steps or finished:
+            *_, value = agent.act(*(to_device(view, device) for view in views(obs)), z, a_prev)
+            rollout.finish(value, first)
+            lr = args.learning_rate * (1 - args.anneal_lr * update_step / args.total_timesteps)
+            agent.optimizer.param_groups[0]["lr"].fill_(lr)
+            metrics, update_step = agent.update(rollout) | {"charts/learning_rate": lr}, global_step
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, global_step)
+            writer.add_scalar("charts/SPS", global_step / (time.time() - start_time), global_step)
+        seconds = time.time() - start_time  # of training, without evaluations
+        every = args.checkpoint_frequency
+        if leaving or global_step // every > last_step // every:
+            save_run(run_dir, agent, global_step=update_step, seconds=seconds)
+        every = args.eval_frequency
+        if every and (finished or global_step // every > last_step // every):
+            import envs
+
+            result = envs.returns(agent.actor, eval_env, args.eval_episodes, args.seed, global_step)
+            writer.add_scalar("charts/seconds", seconds, global_step)
+            for name, value in result.items():
+                writer.add_scalar(f"eval/{name}", value, global_step)
+            means = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+            bar.write(f"step {global_step}: {means}")
+            start_time = time.time() - seconds
+    bar.close()
+    writer.close()
+    env.close()
+    if not finished:
+        print(f"stopped at step {global_step}; go on with --resume {run_dir}")
+        sys.exit(128 + stopped_by[0])
+    print(f"python evaluate.py {run_dir}")
 
 
 def parse_args():
-    """The command line, over the options of the run or what the task wants, over the defaults."""
-    asked = [option for option in sys.argv[1:] if option not in ("-h", "--help")]
-    args = tyro.cli(Args, args=asked, description=__doc__)
-    run_dir = args.resume or args.evaluate
-    defaults = Args(**TUNED.get(args.env_id.split("-")[0], {}))
-    if run_dir is not None:
-        path = os.path.join(run_dir, "args.json")
+    """The command line, over the options of the run to resume or what the task wants."""
+    asked = tyro.cli(Args, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
+    options = TUNED.get(asked.env_id.split("-")[0], {})
+    if asked.resume is not None:
         try:
-            with open(path) as file:
-                defaults = Args(**json.load(file))
-                defaults.limits()  # TypeError for what is no number
-                defaults.capture_video &= args.evaluate is None
-        except FileNotFoundError:
-            raise ValueError(f"{run_dir} is no run: it holds no args.json") from None
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path} is damaged, or another script's ({error})") from None
+            options = json.loads(Path(asked.resume, "args.json").read_text())
+            del options["script"]
+            Args(**options)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            sys.exit(f"{asked.resume} is no run of this script: {error!r}")
     # of a dict that is not empty tyro makes options of their own, one for each key
-    env_kwargs, defaults.env_kwargs = defaults.env_kwargs, {}
-    args = tyro.cli(Args, description=__doc__, default=defaults)
-    args.env_kwargs = args.env_kwargs or env_kwargs
+    env_kwargs = asked.env_kwargs or options.get("env_kwargs", {})
+    args = tyro.cli(Args, default=Args(**options | dict(env_kwargs={})), description=__doc__)
+    args.env_kwargs = env_kwargs
     return args
 
 
-def check_args(args):
-    """ValueError for an option that is out of range, or makes no sense beside another."""
-    for name, (low, high, *others) in args.limits().items():
-        value = getattr(args, name)
-        if value is not None and not (isinstance(value, int | float) and low <= value <= high):
-            option = "--" + name.replace("_", "-")
-            given = "".join(f" with --{n.replace('_', '-')} {getattr(args, n)}" for n in others)
-            raise ValueError(f"{option} is {value}; it must be in [{low}, {high}]{given}")
-    if args.resume and args.evaluate:
-        raise ValueError("--resume and --evaluate exclude each other")
-    if args.track and not args.evaluate and importlib.util.find_spec("wandb") is None:
-        raise ValueError("--track needs Weights and Biases: pip install wandb")
-    own = {"env_id", "hide", "random_bodies", "wind", "privileged_critic", "render_mode"}
-    for name in sorted(own & args.env_kwargs.keys()):
-        raise ValueError(f"--env-kwargs is for what the environment takes, and not for {name}")
-    path = args.save_demonstrations
-    if path and not (args.evaluate and path.endswith(".npz")):
-        raise ValueError("--save-demonstrations takes a FILE.npz, and --evaluate RUN beside it")
-    if path and not os.path.isdir(os.path.dirname(path) or "."):
-        raise ValueError(f"--save-demonstrations {path}: there is no such folder")
-    if args.stochastic_demonstrations and not path:
-        raise ValueError("--stochastic-demonstrations needs --save-demonstrations FILE.npz")
-
-
-def main():
-    """Bad input, unusable files and losses that blow up end in one sentence and exit status 1.
-
-    With `python -X dev` they end in a traceback.
-    """
-    try:
-        args = parse_args()
-        check_args(args)
-        torch.set_num_threads(args.num_threads)
-        torch.set_float32_matmul_precision(args.matmul_precision)
-        torch.backends.cudnn.allow_tf32 = args.matmul_precision != "highest"
-        torch.backends.cudnn.deterministic = args.torch_deterministic
-        replay(args) if args.evaluate else train(args)
-    except (ValueError, FloatingPointError, OSError) as error:
-        if sys.flags.dev_mode:
-            raise
-        sys.exit(f"{os.path.basename(__file__)}: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    train(parse_args())

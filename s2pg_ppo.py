@@ -196,7 +196,7 @@ class RunningNormalizer(nn.Module):
         return x * self.std + self.mean
 
     def update(self, x, weight):
-        """Take in rows x [B, .] whose `weight` [B] is 1 (Chan et al. 1979, parallel variance)."""
+        """Take in rows x [..., .] of `weight` [...] 1 (Chan et al. 1979, parallel variance)."""
         mean, var = moments(x, weight)
         delta, share = mean - self.mean, weight.sum() / (self.count + weight.sum())
         self.mean += share * delta
@@ -205,14 +205,14 @@ class RunningNormalizer(nn.Module):
 
 
 def moments(x, weight):
-    """Mean and variance of rows x [B, .], which count as `weight` [B] says."""
-    weight = weight / weight.sum()
+    """Mean and variance of rows x [..., .], which count as `weight` [...] says."""
+    x, weight = x.flatten(0, weight.dim() - 1), weight.flatten() / weight.sum()
     mean = weight @ x
     return mean, weight @ (x - mean).square()
 
 
 def update_returns(normalizer, head, returns, weight):
-    """Take in `returns` [B], and rescale the layer that predicts them so that no V changes.
+    """Take in `returns`, and rescale the layer that predicts them so that no V changes.
 
     Pop-Art: van Hasselt et al., "Learning values across many orders of magnitude", 2016, eq. 4.
     """
@@ -233,10 +233,9 @@ class Rollout:
     def __init__(self, num_steps, num_envs, widths, device):
         self.device, self.length = device, 0
         self.rows = torch.zeros(num_steps + 1, num_envs, sum(widths) + 5, device=device)
-        columns = self.rows.split([*widths, 1, 1, 1, 1, 1], -1)  # views [T + 1, N, .]
-        self.obs, self.state, self.z, self.a_prev, self.sample, *numbers = columns
-        numbers = (number.squeeze(-1) for number in numbers)
-        self.log_prob, self.value, self.reward, self.terminated, self.first = numbers
+        columns = self.rows.split([*widths, 5], -1)  # views [T + 1, N, .]
+        self.obs, self.state, self.z, self.a_prev, self.sample, numbers = columns
+        self.log_prob, self.value, self.reward, self.terminated, self.first = numbers.unbind(-1)
 
     def add(self, obs, state, z, a_prev, sample, log_prob, value, reward, terminated, first):
         """Write a row per environment: tensors [N, .] on the device, and three arrays [N]."""
@@ -269,21 +268,18 @@ class Batch(NamedTuple):
 
 @torch.no_grad()
 def make_batch(rollout, actor, critic, args):
-    """The rows of a rollout, with advantages and returns, of which V is told (see Pop-Art)."""
-    transition = 1 - rollout.first[1:]
-    advantage = gae(rollout, transition, args.gamma, args.gae_lambda).flatten()
-    weight, value = transition.flatten(), rollout.value[:-1].flatten()
+    """The rows [T, N] of a rollout, with advantages and returns, of which V is told (Pop-Art)."""
+    weight, value = 1 - rollout.first[1:], rollout.value[:-1]
+    advantage = gae(rollout, weight, args.gamma, args.gae_lambda)
     returns = advantage + value
     update_returns(critic.returns, critic.head, returns, weight)
     if args.norm_adv:
         mean, var = moments(advantage, weight)
         advantage = (advantage - mean) / (var.sqrt() + 1e-8)
-    columns = rollout.obs, rollout.state, rollout.z, rollout.a_prev, rollout.sample
-    obs, state, z, a_prev, sample = (column[:-1].flatten(0, 1) for column in columns)
+    obs, state = actor.normalizer(rollout.obs[:-1]), critic.normalizer(rollout.state[:-1])
     return Batch(
-        actor.normalizer(obs), critic.normalizer(state), z, a_prev, sample,
-        rollout.log_prob[:-1].flatten(), critic.returns(value), advantage,
-        critic.returns(returns), weight,
+        obs, state, rollout.z[:-1], rollout.a_prev[:-1], rollout.sample[:-1], rollout.log_prob[:-1],
+        critic.returns(value), advantage, critic.returns(returns), weight,
     )  # fmt: skip
 
 
@@ -375,7 +371,8 @@ class S2PGPPO(nn.Module):
     def update(self, rollout):
         """Epochs over a rollout; returns what to log, as tensors on the device."""
         args, minibatches = self.args, self.args.num_minibatches
-        batch = make_batch(rollout, self.actor, self.critic, args)
+        rows = make_batch(rollout, self.actor, self.critic, args)
+        batch = Batch(*(column.flatten(0, 1) for column in rows))
         size = len(batch.weight) // minibatches
         for _ in range(args.update_epochs):
             order, total = torch.randperm(len(batch.weight), device=self.device), 0
@@ -387,10 +384,10 @@ class S2PGPPO(nn.Module):
                 break
 
         # the next rollout acts with new statistics, so that within one the policy is one policy
-        self.actor.normalizer.update(rollout.obs[:-1].flatten(0, 1), batch.weight)
-        self.critic.normalizer.update(rollout.state[:-1].flatten(0, 1), batch.weight)
-        _, unexplained = moments(batch.returns - batch.old_value, batch.weight)
-        _, variance = moments(batch.returns, batch.weight)
+        self.actor.normalizer.update(rollout.obs[:-1], rows.weight)
+        self.critic.normalizer.update(rollout.state[:-1], rows.weight)
+        _, unexplained = moments(rows.returns - rows.old_value, rows.weight)
+        _, variance = moments(rows.returns, rows.weight)
         losses["explained_variance"] = 1 - unexplained / (variance + 1e-8)
         return {f"losses/{name}": value for name, value in losses.items()}
 
@@ -510,7 +507,7 @@ def train(args):
         signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
     # a resumed run goes on from its last update: the rows after that are played anew
-    update_step, update_seconds, start_time = global_step, seconds, time.time() - seconds
+    update_step, start_time = global_step, time.time() - seconds
     obs, _ = env.reset(seed=1000 * args.seed + global_step)  # a resumed run: new episodes
     z = torch.zeros(args.num_envs, agent.z_dim, device=device)
     a_prev = torch.zeros(args.num_envs, agent.action_dim, device=device)
@@ -549,19 +546,18 @@ def train(args):
             rollout.finish(value, first)
             lr = args.learning_rate * (1 - args.anneal_lr * update_step / args.total_timesteps)
             agent.optimizer.param_groups[0]["lr"].fill_(lr)
-            metrics = agent.update(rollout)
-            update_step, update_seconds = global_step, time.time() - start_time
-            metrics |= {"charts/learning_rate": lr, "charts/SPS": update_step / update_seconds}
+            metrics, update_step = agent.update(rollout) | {"charts/learning_rate": lr}, global_step
             for name, value in metrics.items():
                 writer.add_scalar(name, value, global_step)
+            writer.add_scalar("charts/SPS", global_step / (time.time() - start_time), global_step)
+        seconds = time.time() - start_time  # of training, without evaluations
         every = args.checkpoint_frequency
         if leaving or global_step // every > last_step // every:
-            save_run(run_dir, agent, global_step=update_step, seconds=update_seconds)
+            save_run(run_dir, agent, global_step=update_step, seconds=seconds)
         every = args.eval_frequency
         if every and (finished or global_step // every > last_step // every):
             import envs
 
-            seconds = time.time() - start_time  # of training, without evaluations
             result = envs.returns(agent.actor, eval_env, args.eval_episodes, args.seed, global_step)
             writer.add_scalar("charts/seconds", seconds, global_step)
             for name, value in result.items():

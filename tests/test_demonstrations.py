@@ -118,7 +118,7 @@ def test_what_is_written_is_read_again(path):
 
 
 def test_successes_are_written_too(path):
-    env = envs.make_vec("PointMassMemory-v0")
+    env = envs.make_vec("PointMassMemory-v0", max_episode_steps=100)
     played = envs.evaluate(Noise(1, 1), env, 1, False, 0)
     save(path, played, env, dict(env_kwargs={}))
     with np.load(path) as file:

@@ -207,15 +207,13 @@ def test_the_space_of_actions_is_the_one_that_wrappers_left():
 )
 def test_an_environment_that_breaks_its_word_is_named(changed, says):
     env = envs.make_vec("Scripted-v0", steps=9, at=4, **changed)
-    env.reset(seed=0)
-    for _ in range(3):
-        env.step(np.zeros((1, 2), np.float32))
-    with pytest.raises(
-        envs.UsageError, match=f"^'Scripted-v0': {says}.*, at step 4 of an episode$"
-    ):
-        env.step(np.zeros((1, 2), np.float32))
-    env.reset(seed=0)
-    env.step(np.zeros((1, 2), np.float32))  # the steps are counted anew
+    says = f"^'Scripted-v0': {says}.*, at step 4 of an episode$"
+    for _ in range(2):
+        env.reset(seed=0)
+        for _ in range(3):
+            env.step(np.zeros((1, 2), np.float32))
+        with pytest.raises(envs.UsageError, match=says):
+            env.step(np.zeros((1, 2), np.float32))
 
 
 @pytest.mark.filterwarnings("ignore:.*The obs returned by")
@@ -270,17 +268,19 @@ def test_evaluation_shares_the_episodes_among_the_environments(episodes):
 def test_a_seed_decides_the_episodes_and_torch_goes_on_as_if_nothing_had_been():
     env = envs.make_vec("CueRecall-5-v0", 2)
 
-    def actions(seed, deterministic=False):
-        played = envs.evaluate(Counter(), env, 4, deterministic, seed)
-        return np.concatenate([episode["actions"] for episode in played])
+    def play(seed, deterministic=False):
+        played = envs.evaluate(Counter(), env, 8, deterministic, seed)
+        names = "actions", "critic_observations"
+        return [np.concatenate([episode[name] for episode in played]) for name in names]
 
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first = actions(1)
+    first = play(1)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
-    assert np.array_equal(first, actions(1)) and not np.array_equal(first, actions(2))
-    assert (actions(1, deterministic=True) == 0.25).all()
+    for one, again, other in zip(first, play(1), play(2)):
+        assert np.array_equal(one, again) and not np.array_equal(one, other)
+    assert (play(1, deterministic=True)[0] == 0.25).all()
 
 
 class Steersman(Counter):
@@ -295,7 +295,8 @@ class Steersman(Counter):
 
 @each(("actor", "successful"), [(Steersman(), True), (Counter(), False)])
 def test_evaluation_knows_the_successes_of_tasks_that_have_them(actor, successful):
-    for episode in envs.evaluate(actor, envs.make_vec("PointMassMemory-v0", 2), 5, True, 0):
+    env = envs.make_vec("PointMassMemory-v0", 2, max_episode_steps=100)
+    for episode in envs.evaluate(actor, env, 5, True, 0):
         success = episode["successes"]
         assert success.shape == episode["rewards"].shape and success.dtype == bool
         assert success[-1] == successful and not success[0]

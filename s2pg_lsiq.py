@@ -1,17 +1,11 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = [
-#   "torch>=2.11", "gymnasium[mujoco]>=1.2", "mujoco>=3.3.5", "tyro", "tensorboard", "numpy", "tqdm"
-# ]
-# ///
 """S2PG-LSIQ: least-squares inverse Q-learning with a stochastic stateful policy.
 
 Al-Hafez, Tateo, Arenz, Zhao, Peters, "LS-IQ: Implicit Reward Regularization for Inverse
 Reinforcement Learning", ICLR 2023, with the policy of "Time-Efficient Reinforcement Learning with
-Stochastic Stateful Policies", ICLR 2024, https://arxiv.org/abs/2311.04082. There is no reward and
-no discriminator: the critic of S2PG-SAC is driven to r_max = 1/c a step where the expert is, and to
-r_min = -1/c where the policy is. The expert may have seen all of s, the policy sees o and
-remembers; its memory along the demonstrations is rolled once, then refreshed like the buffer's.
+Stochastic Stateful Policies", ICLR 2024, arXiv 2311.04082. There is no reward and no
+discriminator: the critic of S2PG-SAC is driven to r_max = 1/c a step where the expert is, and to
+r_min = -1/c where the policy is. The expert may have seen all of s, the policy sees o. The internal
+state along the demonstrations is the policy's, rolled once, then refreshed like the replay buffer.
 
     bootstrap  y = gamma (1 - d) clip(V', Q_min, Q_max), with Q_max = 1/(c (1 - gamma)) = -Q_min
                V' = min_i Q'_i(s', a'', z'') - alpha log pi_a(a'' | o', z', a)
@@ -31,25 +25,18 @@ alone, and the policy's Q sinks for as long as the critic learns: try low temper
 
     python s2pg_lsiq.py --env-id InvertedPendulum-v4 --total-timesteps 20000
     python s2pg_lsiq.py --env-id Hopper-v4 --demonstrations expert.npz --loss iq_like
-    python s2pg_lsiq.py --evaluate runs/RUN --eval-episodes 20 --capture-video
+    python evaluate.py runs/RUN --episodes 20 --capture-video
 """
 
-import collections
-import dataclasses
-import functools
-import importlib.util
 import json
 import math
-import os
-import pickle
-import re
 import signal
 import sys
 import time
-import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -58,171 +45,73 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import envs
-import envs.demonstrations
 
-
-@dataclasses.dataclass
+@dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """name of this experiment"""
-    seed: int = 1
-    """seed of the networks, the noise and the environments, >= 0"""
-    torch_deterministic: bool = True
-    """sets `torch.backends.cudnn.deterministic`"""
-    cuda: bool = True
-    """use a CUDA card where there is one"""
-    track: bool = False
-    """log to Weights and Biases as well"""
-    wandb_project_name: str = "s2pg"
-    """project of Weights and Biases"""
-    wandb_entity: str | None = None
-    """entity (team) of Weights and Biases"""
-    capture_video: bool = False
-    """record videos of the first environment into the run's `videos` folder"""
+    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, a task of `envs`, or yours: module:Id-v0
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # wind True
+    hide: Literal["none", "velocities", "positions"] = "none"  # from the policy, in MuJoCo tasks
+    privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, z)
+    num_envs: int = 1  # environments stepped together
+    total_timesteps: int = 1_000_000  # environment steps, over all environments
 
-    env_id: str = "InvertedPendulum-v4"
-    """a Gymnasium MuJoCo id, a memory task of `envs`, or your own as `module:Id-v0`"""
-    env_kwargs: dict[str, int | float | bool | str] = dataclasses.field(default_factory=dict)
-    """arguments of the environment, as `--env-kwargs name value name value`"""
-    total_timesteps: int = 1_000_000
-    """environment steps of the whole run, counted over all environments"""
-    num_envs: int = 1
-    """environments stepped together, >= 1"""
-    hide: Literal["none", "velocities", "positions"] = "none"
-    """what a MuJoCo observation hides from the policy; `TUNED` in this file has velocities"""
-    random_bodies: bool = False
-    """draw masses and geom sizes anew each episode; only a privileged critic is told"""
-    wind: bool = False
-    """push the torso with a constant force of random sign, and reward running that way; only a
-    privileged critic is told"""
-    privileged_critic: bool = True
-    """let the critic see the whole state; otherwise, or if the environment has no more to show, it
-    sees what the policy sees, and z"""
+    demonstrations: str | None = None  # a FILE.npz, minari:NAME, shipped:stochastic; None: shipped
+    demonstration_episodes: int | None = None  # how many to imitate, from the first; None: all
+    loss: Literal["sqil_like", "iq_like"] = "sqil_like"  # of the critic, see above
+    expert_target: Literal["fix", "bootstrap"] = "fix"  # of sqil_like: Q_max, or r_max + y
+    regularizer: float = 0.5  # c; rewards are within +-1/c, Q within +-1/(c (1 - gamma))
+    clip_target: bool = True  # keep the bootstrapped value within what such rewards allow
+    absorbing: bool = True  # an ended episode goes on for ever; otherwise its end is worth 0
 
-    demonstrations: str | None = None
-    """an .npz file, or `minari:NAME`; by default what `envs/demonstrations` has of the task, with
-    `shipped:stochastic` that of an expert with noise, if it has one"""
-    demonstration_episodes: int | None = None
-    """episodes to imitate, the first of them; by default all"""
-    bc_steps: int = 0
-    """steps of behaviour cloning before everything else, evaluated as step 0: a baseline, as the
-    actor follows a critic that knows nothing yet; a resumed run does not clone"""
-    bc_batch_size: int = 16
-    """sequences in a step of behaviour cloning"""
-    bc_sequence_length: int = 16
-    """rows that cloning backpropagates through"""
-    bc_lr: float = 1e-3
-    """learning rate of behaviour cloning"""
+    buffer_size: int = 1_000_000  # rows of the replay buffer, over all environments
+    learning_starts: int = 5_000  # steps with uniformly random actions, before the first update
+    batch_size: int = 256  # rows of the policy in an update, and as many of the expert
+    gamma: float = 0.99  # discount, in [0, 1)
+    tau: float = 0.005  # share of the critic that goes into its target, in (0, 1]
+    actor_lr: float = 1e-4  # learning rate of the actor
+    critic_lr: float = 1e-3  # learning rate of the critic
+    alpha: float = 1.0  # initial temperature of the action; of a noise-free expert try .001
+    alpha_lr: float = 3e-4  # learning rate of log alpha, whose target entropy is -|A|
+    alpha_z: float = 0.01  # initial temperature of the internal state
+    alpha_z_lr: float = 3e-4  # learning rate of log alpha_z
+    target_entropy_z: float = -1.0  # nats per component of z: -1 is a std of .09, -3 of .012
+    refresh: bool = True  # rewrite the stored z after the sampled rows
 
-    loss: Literal["sqil_like", "iq_like"] = "sqil_like"
-    """of the critic, see the docstring of this file"""
-    expert_target: Literal["fix", "bootstrap"] = "fix"
-    """of sqil_like alone: Q_max, or r_max + y"""
-    regularizer: float = 0.5
-    """c; rewards are within +-1/c, and Q within +-1/(c (1 - gamma))"""
-    clip_target: bool = True
-    """keep the bootstrapped value within what rewards of +-1/c allow"""
-    absorbing: bool = True
-    """treat the end of an episode as a state that goes on for ever; otherwise it is worth 0, but to
-    an expert with the expert target "fix", which is Q_max in any case"""
+    kernel: Literal["atanh", "official"] = "atanh"  # "official" squashes the cell's output twice
+    rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent cell
+    state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
+    chrono: int = 0  # longest time scale of the gates at the start, in steps; 0: PyTorch's
+    log_std_z_max: float = 2.0  # largest log std of z before its tanh
+    memoryless: bool = False  # no internal state: plain LSIQ
 
-    kernel: Literal["atanh", "official"] = "atanh"
-    """mean of the internal-state kernel before its tanh: atanh(g) keeps what the cell keeps, the
-    published g is squashed twice and leaks"""
-    rnn: Literal["gru", "lstm", "rnn"] = "gru"
-    """recurrent cell that gives the mean g of the next internal state"""
-    state_dim: int = 32
-    """size of the recurrent cell (the internal state of an LSTM, h and c, is twice as large)"""
-    chrono: int = 0
-    """longest time scale, in steps, that the gates of the recurrent cell begin with (chrono
-    initialisation); 0 for PyTorch's initialisation, which forgets within a few"""
-    memoryless: bool = False
-    """drop the internal state: plain LSIQ, with a policy of the current observation alone"""
-    critic_sees_z: bool = False
-    """give z to a privileged critic too, as published"""
-    refresh: bool = True
-    """rewrite the stored internal state that follows the sampled rows after each actor step"""
+    seed: int = 1  # of the networks, the noise and the environments
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    resume: str | None = None  # folder of a run to continue, with its options and those given here
+    save_buffer: bool = False  # keep the replay buffer in checkpoints; else resuming refills it
+    checkpoint_frequency: int = 10_000  # steps between checkpoints
+    eval_frequency: int = 10_000  # steps between evaluations; 0 for none
+    eval_episodes: int = 5  # episodes of an evaluation, noise-free and stochastic each
+    track: bool = False  # log to Weights and Biases as well
+    wandb_project_name: str = "s2pg"  # its project
+    wandb_entity: str | None = None  # its team
+    cuda: bool = True  # use a CUDA card where there is one
+    num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
+    compile: bool = False  # on CUDA: torch.compile the losses
+    cudagraphs: bool = False  # on CUDA: replay acting and updates as graphs
 
-    buffer_size: int = 1_000_000
-    """rows of the replay buffer, over all environments"""
-    gamma: float = 0.99
-    """discount factor, in [0, 1)"""
-    tau: float = 0.005
-    """share of the critic that flows into its target each update, in (0, 1]"""
-    batch_size: int = 256
-    """transitions of the policy in an update, and as many of the expert"""
-    learning_starts: int = 5_000
-    """transitions collected, by uniformly random actions (by the clone, with --bc-steps), before
-    the first update"""
-    utd: float = 1.0
-    """updates per environment step"""
-    actor_lr: float = 1e-4
-    """learning rate of the actor"""
-    critic_lr: float = 1e-3
-    """learning rate of the critic"""
-    alpha: float = 1.0
-    """temperature of the action at the start; of an expert without noise try .001"""
-    alpha_lr: float = 3e-4
-    """learning rate of log alpha (its target entropy is -|A|); 0 keeps alpha as it is, which
-    helped on the pendulum with an expert without noise"""
-    alpha_z: float = 0.01
-    """temperature of the internal state at the start"""
-    alpha_z_lr: float = 3e-4
-    """learning rate of log alpha_z; 0 keeps alpha_z as it is"""
-    target_entropy_z: float = -1.0
-    """target entropy of the internal state, in nats per component; near z = 0, the published -1 is
-    a standard deviation of .09, and -3 one of .012"""
-    log_std_z_max: float = 2.0
-    """largest log std of the internal state before its tanh; training begins halfway from -5"""
-
-    resume: str | None = None
-    """folder of a run to continue; options given beside it replace the run's own, but temperatures
-    and random states come from the checkpoint"""
-    save_buffer: bool = False
-    """keep the replay buffer in the checkpoint; otherwise a resumed run fills a new one first"""
-    checkpoint_frequency: int = 10_000
-    """environment steps between two checkpoints"""
-    eval_frequency: int = 10_000
-    """environment steps between two evaluations; 0 for none but the last"""
-    eval_episodes: int = 5
-    """episodes of an evaluation, deterministic and stochastic each"""
-    evaluate: str | None = None
-    """folder of a run to replay instead of training"""
-    save_demonstrations: str | None = None
-    """with --evaluate: write the deterministic episodes to this .npz file"""
-    stochastic_demonstrations: bool = False
-    """write the stochastic episodes instead: an expert with the noise that it was trained with"""
-    num_threads: int = 1
-    """CPU threads of torch; more than one rarely pays for networks of this size"""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """precision of float32 matrix products: "medium" allows bfloat16 and, on a CPU, other kernels,
-    which may be faster (SAC) or slower (PPO)"""
-    compile: bool = False
-    """on CUDA: torch.compile the losses"""
-    cudagraphs: bool = False
-    """on CUDA: capture acting and an update as graphs, and replay each with one launch"""
-
-    def limits(self):
-        """The least and the largest value of each number, and what else they depend on."""
-        inf = math.inf
-        return dict(
-            seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf),
-            demonstration_episodes=(1, inf), bc_steps=(0, inf), bc_batch_size=(1, inf),
-            bc_sequence_length=(1, inf), bc_lr=(0, inf), regularizer=(1e-9, inf),
-            state_dim=(1, inf), chrono=(0, inf),
-            buffer_size=(6 * self.num_envs, inf), gamma=(0, 1 - 1e-9), tau=(1e-9, 1),
-            batch_size=(1, inf),
-            # episodes of a single step fill two rows, one of them a transition
-            learning_starts=(1, self.buffer_size // 2 - 2 * self.num_envs, "buffer_size"),
-            utd=(0, 1e6), actor_lr=(0, inf), critic_lr=(0, inf),
-            alpha=(1e-9, inf), alpha_lr=(0, inf),
+    def __post_init__(self):
+        rows, inf = 4 * self.num_envs, math.inf
+        for name, (low, high) in dict(
+            seed=(0, inf), num_envs=(1, inf), buffer_size=(rows, inf), learning_starts=(rows, inf),
+            regularizer=(1e-9, inf), batch_size=(1, inf), gamma=(0, 1 - 1e-9), tau=(1e-9, 1),
+            actor_lr=(0, inf), critic_lr=(0, inf), alpha=(1e-9, inf), alpha_lr=(0, inf),
             alpha_z=(1e-9, inf), alpha_z_lr=(0, inf), log_std_z_max=(-4.9, 2),
-            # a std is at least exp(-5); a Gaussian's entropy is 1.42 + log std, a uniform one's .69
-            target_entropy_z=(-3.5, min(0.5, self.log_std_z_max + 1.4), "log_std_z_max"),
+            target_entropy_z=(-3.5, min(0.5, self.log_std_z_max + 1.4)), state_dim=(1, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
-            num_threads=(1, inf),
-        )  # fmt: skip
+        ).items():  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                sys.exit(f"--{name.replace('_', '-')} must be in [{low}, {high}]")
 
 
 # Defaults that differ by task; options on the command line come before these.
@@ -246,32 +135,29 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 class StochasticStatefulActor(nn.Module):
     """The joint kernel pi(a, z' | o, z, a_prev), a squashed diagonal Gaussian.
 
-    A recurrent cell gives g, the next internal state without noise (before the published kernel
-    squashes it again). The internal-state kernel spreads z' around g, the stateless policy reads
-    (o, g). It reads g and not the sample z', so a and z' are conditionally independent, and a
-    stored action stays a legitimate sample of the policy when the stored z' is refreshed.
+    A recurrent cell gives g, the next internal state without noise. The internal-state kernel
+    spreads z' around g, the stateless policy reads (o, g). It does not read the sample z', so a and
+    z' are conditionally independent: a stored action stays one of the policy when z' is refreshed.
 
     Shapes: o [B, O]; z, z', g [B, Z] in (-1, 1); a, a_prev [B, A] in (-1, 1). For an LSTM
     z = (h, tanh c), which carries the cell state in the same interval and so clips it at +-7.25.
     """
 
-    def __init__(
-        self, obs_dim, action_dim, state_dim, rnn, kernel, chrono=0, log_std_z_max=LOG_STD_MAX
-    ):
+    def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.action_dim, self.state_dim, self.rnn, self.kernel = action_dim, state_dim, rnn, kernel
-        self.z_dim = 2 * state_dim if rnn == "lstm" else state_dim
+        self.rnn, self.kernel, self.action_dim = args.rnn, args.kernel, action_dim
+        self.state_dim = 0 if args.memoryless else args.state_dim
+        self.z_dim = 2 * self.state_dim if args.rnn == "lstm" else self.state_dim
         self.policy_obs = nn.Linear(obs_dim, 256)
-        if state_dim > 0:
+        if self.state_dim > 0:
             self.kernel_obs = nn.Linear(obs_dim, 128)
             self.kernel_action = nn.Linear(action_dim, 128)
-            cells = {"gru": nn.GRUCell, "lstm": nn.LSTMCell, "rnn": nn.RNNCell}
-            self.cell = cells[rnn](256, state_dim)
-            if chrono:
-                chrono_init(self.cell, chrono)
-        self.policy_hidden = nn.Linear(256 + state_dim, 256)
+            self.cell = getattr(nn, f"{args.rnn.upper()}Cell")(256, self.state_dim)
+            if args.chrono:
+                chrono_init(self.cell, args.chrono)
+        self.policy_hidden = nn.Linear(256 + self.state_dim, 256)
         self.policy_head = nn.Linear(256, 2 * action_dim + self.z_dim)
-        largest = [LOG_STD_MAX] * action_dim + [log_std_z_max] * self.z_dim
+        largest = [LOG_STD_MAX] * action_dim + [args.log_std_z_max] * self.z_dim
         self.register_buffer("log_std_max", torch.tensor(largest), persistent=False)
 
     def next_state(self, obs, z, a_prev):
@@ -292,7 +178,8 @@ class StochasticStatefulActor(nn.Module):
         head = self.policy_head(torch.relu_(self.policy_hidden(h)))
         mean_a, log_std = head.split([self.action_dim, self.action_dim + self.z_dim], -1)
         mean_z = atanh(g) if self.kernel == "atanh" else g
-        return torch.cat([mean_a, mean_z], -1), bounded_log_std(log_std, self.log_std_max)
+        half_range = 0.5 * (self.log_std_max - LOG_STD_MIN)
+        return torch.cat([mean_a, mean_z], -1), LOG_STD_MIN + half_range * (torch.tanh(log_std) + 1)
 
     def sample(self, obs, z, a_prev):
         """Reparameterised a [B, A] and z' [B, Z], with log pi_a [B] and log pi_z [B]."""
@@ -301,6 +188,7 @@ class StochasticStatefulActor(nn.Module):
         log_pi_a, log_pi_z = (part.sum(-1) for part in log_prob.split(sizes, -1))
         return *sample.split(sizes, -1), log_pi_a, log_pi_z
 
+    @torch.no_grad()
     def act(self, obs, z, a_prev, deterministic=False):
         """a [B, A] and z' [B, Z], both sampled or both noise-free."""
         mean, log_std = self(obs, z, a_prev)
@@ -311,23 +199,17 @@ class StochasticStatefulActor(nn.Module):
 def chrono_init(cell, steps):
     """Let the gates of a GRU or an LSTM, a cell or a layer, begin with time scales up to `steps`.
 
-    Tallec and Ollivier, "Can recurrent neural networks warp time?", ICLR 2018: the gate that keeps
-    has the bias log U(1, steps - 1), and the one that writes, if it is another, minus that.
-    ValueError for less than 3 steps, and for a cell without gates.
+    Tallec and Ollivier, ICLR 2018, arXiv 1804.11188: the bias of the gate that keeps is
+    log U(1, steps - 1), and minus that where another gate writes.
     """
     n, (bias_ih, bias_hh) = cell.hidden_size, [p for p in cell.parameters() if p.dim() == 1]
     if steps < 3 or len(bias_ih) == n:
-        raise ValueError("--chrono takes 3 steps or more, and --rnn gru or lstm, which have gates")
+        sys.exit("--chrono takes 3 steps or more, and gates: --rnn gru or lstm")
     keep = torch.empty(n).uniform_(1, steps - 1).log()
     with torch.no_grad():
         bias_ih[n : 2 * n], bias_hh[n : 2 * n] = keep, 0  # z of a GRU, f of an LSTM
         if len(bias_ih) == 4 * n:
             bias_ih[:n], bias_hh[:n] = -keep, 0
-
-
-def bounded_log_std(x, largest=LOG_STD_MAX):
-    """Map the reals into (LOG_STD_MIN, largest), and 0 to the middle."""
-    return LOG_STD_MIN + 0.5 * (largest - LOG_STD_MIN) * (torch.tanh(x) + 1)
 
 
 def atanh(x):
@@ -344,30 +226,22 @@ def squashed_gaussian(mean, log_std):
     return torch.tanh(u), log_prob - 2 * (math.log(2) - u - F.softplus(-2 * u))
 
 
-class BatchedLinear(nn.Module):
-    """`n` linear layers at once, [n, B, inputs] -> [n, B, outputs], initialised like nn.Linear."""
-
-    def __init__(self, n, inputs, outputs):
-        super().__init__()
-        bound = 1 / math.sqrt(inputs)
-        self.weight = nn.Parameter(torch.empty(n, inputs, outputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(n, 1, outputs).uniform_(-bound, bound))
-
-    def forward(self, x):
-        return torch.baddbmm(self.bias, x, self.weight)
-
-
 class TwinCritic(nn.Module):
-    """Q_1 and Q_2 [2, B] of the concatenated inputs [B, .], two networks in one batched module."""
+    """Q_1 and Q_2 [2, B] of the concatenated inputs [B, .], as one batch of matrix products."""
 
     def __init__(self, inputs):
         super().__init__()
-        layers = BatchedLinear(2, inputs, 256), BatchedLinear(2, 256, 256), BatchedLinear(2, 256, 1)
-        relu = nn.ReLU(inplace=True)
-        self.net = nn.Sequential(layers[0], relu, layers[1], relu, layers[2])
+        self.layers = nn.ParameterList()
+        for fan_in, fan_out in [(inputs, 256), (256, 256), (256, 1)]:
+            for shape in [(2, fan_in, fan_out), (2, 1, fan_out)]:  # weight and bias
+                self.layers.append(torch.empty(shape).uniform_(-1, 1) / math.sqrt(fan_in))
 
     def forward(self, *inputs):
-        return self.net(torch.cat(inputs, -1).expand(2, -1, -1)).squeeze(-1)
+        x = torch.cat(inputs, -1).expand(2, -1, -1)
+        weight_1, bias_1, weight_2, bias_2, weight_3, bias_3 = self.layers
+        x = torch.relu_(torch.baddbmm(bias_1, x, weight_1))
+        x = torch.relu_(torch.baddbmm(bias_2, x, weight_2))
+        return torch.baddbmm(bias_3, x, weight_3).squeeze(-1)
 
 
 class ImitationCritic(TwinCritic):
@@ -381,155 +255,76 @@ class ImitationCritic(TwinCritic):
         return super().forward(state, action, z)
 
 
-class RowBuffer:
-    """A ring of rows [time, env], one for each step of a vector environment (autoreset next step).
-
-    An episode of T transitions fills T + 1 rows; the last holds the final observation, and its
-    action is ignored. Row t + 1 completes row t: it holds the next observation and internal
-    state, row t - 1 the previous action. So nothing is stored twice. A row is a transition, and
-    can be sampled, once its successor is written, unless the successor is the `first` of an
-    episode: such a row is a final one, or the last before a run was interrupted.
-
-    Row t of environment n lies at index t * num_envs + n of `rows`, in one piece, of which obs, z
-    and so on are columns. `transitions` is a queue of the indices that can be sampled, in order of
-    time. The four counters are kept on the device too, so that sampling never waits for the host.
-    """
-
-    def __init__(self, size, num_envs, obs_dim, critic_dim, z_dim, action_dim, device):
-        self.num_envs, self.slots, self.device = num_envs, size // num_envs, device
-        self.head = self.size = 0  # where the queue begins, how many it holds
-        self.cursor = self.written = 0  # the slot [num_envs rows] to write next, slots written
-        self.links = np.zeros(self.slots, dtype=np.int64)  # transitions in each slot
-        self.critic_sees_more = critic_dim is not None
-        self.widths = [obs_dim, critic_dim or 0, z_dim, action_dim, 1, 1, 1]
-        self.rows = torch.zeros(self.slots * num_envs, sum(self.widths), device=device)
-        self.obs, self.critic_obs, self.z, self.action, *numbers = self.columns(self.rows)
-        self.reward, self.terminated, self.first = numbers  # the last two are 0 or 1
-        self.transitions = torch.zeros(len(self.rows), dtype=torch.int64, device=device)
-        self.counters = torch.zeros(4, dtype=torch.int64, device=device)
-
-    def columns(self, rows):
-        """Views of whole rows [B, .]: o, s, z, a [B, .], r, terminated and first [B]."""
-        obs, critic_obs, z, action, *numbers = rows.split(self.widths, -1)
-        critic_obs = critic_obs if self.critic_sees_more else obs
-        return obs, critic_obs, z, action, *(number.squeeze(-1) for number in numbers)
-
-    def add(self, obs, critic_obs, z, action, reward, terminated, first):
-        """Write a row per environment: tensors [num_envs, .] on the device, arrays [num_envs]."""
-        n = self.num_envs
-        numbers = np.stack([reward, terminated, first], -1).astype(np.float32)
-        parts = [obs, critic_obs, z, action, to_device(numbers, self.device)]
-        if not self.critic_sees_more:
-            del parts[1]
-        torch.cat(parts, -1, out=self.rows[self.cursor * n : (self.cursor + 1) * n])
-
-        # the rows before these have become transitions wherever the episode goes on
-        previous, continued = (self.cursor - 1) % self.slots, np.flatnonzero(~first)
-        tail = (self.head + self.size + np.arange(len(continued))) % len(self.transitions)
-        self.links[previous] = len(continued)
-        self.size += len(continued)
-
-        # the oldest slot leaves one step before it is overwritten: its a_prev is gone already
-        self.cursor = (self.cursor + 1) % self.slots
-        self.written = min(self.written + 1, self.slots)
-        leaving, self.links[self.cursor] = int(self.links[self.cursor]), 0
-        self.head = (self.head + leaving) % len(self.transitions)
-        self.size -= leaving
-        counters = [self.head, self.size, self.cursor, self.written]
-        queue = np.concatenate([tail, previous * n + continued, counters])
-        tail, index, counters = to_device(queue, self.device).split([len(tail), len(tail), 4])
-        self.transitions[tail] = index
-        self.counters.copy_(counters)
-
-    def draw(self, batch_size):
-        """Indices [batch_size] of transitions, uniformly with replacement."""
-        head, size = self.counters[0], self.counters[1]
-        offset = torch.rand(batch_size, dtype=torch.float64, device=self.device) * size
-        return self.transitions[(head + offset.long()) % len(self.transitions)]
-
-    def next(self, index):
-        """Indices of the rows one step later in the same environments."""
-        return (index + self.num_envs) % len(self.transitions)
-
-    def a_prev(self, index):
-        """Actions one step before the rows `index`; zeros at the start of an episode."""
-        before = index - self.num_envs  # a negative index counts from the end of the ring
-        return self.action[before] * (1 - self.first[index].unsqueeze(-1))
-
-    def state_dict(self):
-        """Copies of the rows written so far, the counters and the links."""
-        n = self.written * self.num_envs
-        return dict(
-            rows=self.rows[:n].clone(), transitions=self.transitions[:n].clone(),
-            counters=self.counters.clone(), links=torch.tensor(self.links),
-        )  # fmt: skip
-
-    def load_state_dict(self, state):
-        """Take over a saved buffer, or its columns, as earlier versions saved them.
-
-        ValueError if it has other slots or environments.
-        """
-        head, size, cursor, written = state["counters"].tolist()
-        slots, rows = len(state["links"]), len(state["transitions"])
-        if slots != self.slots or rows != written * self.num_envs:
-            raise ValueError("the saved buffer has another --buffer-size or --num-envs")
-        self.head, self.size, self.cursor, self.written = head, size, cursor, written
-        for name, value in state.items():
-            if name == "links":
-                self.links[:] = value.numpy()
-            else:
-                getattr(self, name)[: len(value)] = value
-
-
 class Transitions(NamedTuple):
-    """B rows and their successors; `state` is what the critic sees, s or (s, z)."""
+    """B rows and their successors; `state` is what the critic sees, s or (o, z)."""
 
     obs: torch.Tensor  # [B, O]
-    state: torch.Tensor  # [B, S] or [B, S + Z]
+    state: torch.Tensor  # [B, S]
     z: torch.Tensor  # [B, Z]
     a_prev: torch.Tensor  # [B, A]
     action: torch.Tensor  # [B, A]
     reward: torch.Tensor  # [B]
-    terminated: torch.Tensor  # [B], bool
+    terminated: torch.Tensor  # [B], 0 or 1
     next_obs: torch.Tensor  # [B, O]
-    next_state: torch.Tensor  # [B, S] or [B, S + Z]
+    next_state: torch.Tensor  # [B, S]
     next_z: torch.Tensor  # [B, Z]
-    next_index: torch.Tensor  # [B], the rows of the successors
+    after: torch.Tensor  # [B], where the successors lie
+    weight: torch.Tensor  # [B], sums to 1; 0 for a row that is no transition
 
 
-class TransitionBuffer(RowBuffer):
-    def sample(self, batch_size, critic_sees_z):
-        """Transitions [batch_size]."""
-        t = self.draw(batch_size)
-        after = self.next(t)
-        obs, state, z, action, reward, terminated, _ = self.columns(self.rows.index_select(0, t))
-        next_obs, next_state, next_z, *_ = self.columns(self.rows.index_select(0, after))
-        if critic_sees_z:
-            state, next_state = torch.cat([state, z], -1), torch.cat([next_state, next_z], -1)
+class TransitionBuffer:
+    """A ring of rows, one for each step of each environment (autoreset next step).
+
+    An episode of T transitions fills T + 1 rows; the last holds the final observation, its action
+    is ignored. The next observation and internal state of a row are its successor's, a_prev is its
+    predecessor's action: nothing is stored twice. A row whose successor is the `first` of an
+    episode is no transition, and has weight 0.
+
+    Row t of environment n lies at t * num_envs + n, modulo the length of the ring. The number
+    `steps` of rows written lies on the device, so that a graph can replay writing and sampling.
+    """
+
+    def __init__(self, size, num_envs, obs_dim, critic_dim, z_dim, action_dim, device):
+        self.num_envs, self.slots, self.device = num_envs, size // num_envs, device
+        self.widths = [obs_dim, critic_dim, z_dim, action_dim, 1, 1, 1]
+        self.rows = torch.zeros(self.slots * num_envs, sum(self.widths), device=device)
+        _, _, self.z, self.action, *_ = self.rows.split(self.widths, -1)
+        self.steps = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def columns(self, rows):
+        """Views of rows [B, .]: o, what the critic sees, z, a [B, .], r, terminated, first [B]."""
+        obs, state, z, action, *numbers = rows.split(self.widths, -1)
+        state = state if self.widths[1] > 0 else torch.cat([obs, z], -1)
+        return obs, state, z, action, *(number.squeeze(-1) for number in numbers)
+
+    def add(self, obs, critic_obs, z, action, reward, terminated, first):
+        """Write a row per environment: tensors [num_envs, .] on the device, arrays [num_envs]."""
+        numbers = to_device(np.stack([reward, terminated, first], -1), self.device)
+        row = torch.cat([obs, critic_obs[:, : self.widths[1]], z, action, numbers], -1)
+        ring = self.rows.view(self.slots, self.num_envs, -1)
+        ring.index_copy_(0, self.steps % self.slots, row.unsqueeze(0))
+        self.steps += 1
+
+    def sample(self, batch_size):
+        """Transitions [batch_size], drawn uniformly with replacement."""
+        # neither the newest rows, which lack a successor, nor the oldest, which lack a predecessor
+        stored = self.steps.clamp(max=self.slots)
+        offset = torch.rand(batch_size, dtype=torch.float64, device=self.device) * (stored - 2)
+        row = ((self.steps - stored + 1 + offset) * self.num_envs).long()
+        before, row, after = ((row + k * self.num_envs) % len(self.rows) for k in (-1, 0, 1))
+        obs, state, z, action, reward, terminated, first = self.columns(self.rows[row])
+        next_obs, next_state, next_z, *_, next_first = self.columns(self.rows[after])
+        a_prev = self.action[before] * (1 - first).unsqueeze(-1)
+        weight = (1 - next_first) / (1 - next_first).sum().clamp(min=1)
         return Transitions(
-            obs, state, z, self.a_prev(t), action, reward, terminated.bool(), next_obs, next_state,
-            next_z, after,
+            obs, state, z, a_prev, action, reward, terminated,
+            next_obs, next_state, next_z, after, weight,
         )  # fmt: skip
 
     def refresh(self, batch, z):
-        """Write `z` [B, Z] as the next internal states of the batch.
-
-        A successor is a row of the same episode, so no other episode is touched. Where an index was
-        drawn twice, each component is one of two samples (on CUDA chance decides which), and so
-        still a sample of the kernel, whose components are independent.
-        """
-        self.z[batch.next_index] = z
-
-
-def soft_actor_loss(actor, critic, batch, alpha, alpha_z):
-    """E[alpha log pi_a(a~) + alpha_z log pi_z(z~') - min_i Q_i(s, a~, z~', a_prev)].
-
-    Also the sample z~' [B, Z] and the entropies of pi_a and pi_z, detached.
-    """
-    a, z, log_pi_a, log_pi_z = actor.sample(batch.obs, batch.z, batch.a_prev)
-    q = critic(batch.state, a, z, batch.a_prev).amin(0)
-    loss = (alpha * log_pi_a + alpha_z * log_pi_z - q).mean()
-    return loss, z.detach(), -log_pi_a.mean().detach(), -log_pi_z.mean().detach()
+        """Write `z` [B, Z] as the next internal states of the batch, never across an episode."""
+        same_episode = (batch.weight > 0).unsqueeze(-1)
+        self.z[batch.after] = torch.where(same_episode, z, batch.next_z)
 
 
 def lsiq_critic_loss(actor, critic, target_critic, batch, alpha, args):
@@ -537,7 +332,7 @@ def lsiq_critic_loss(actor, critic, target_critic, batch, alpha, args):
 
     Also Q_1, Q_2 [2, 2B]. It bootstraps through time limits, as d is `terminated`.
     """
-    r_max, ended = 1 / args.regularizer, batch.terminated & args.absorbing
+    r_max, ended = 1 / args.regularizer, batch.terminated * args.absorbing
     q_max = r_max / (1 - args.gamma)
     with torch.no_grad():
         a, z, log_pi_a, _ = actor.sample(batch.next_obs, batch.next_z, batch.action)
@@ -545,7 +340,7 @@ def lsiq_critic_loss(actor, critic, target_critic, batch, alpha, args):
         next_v = next_q - alpha * log_pi_a
         if args.clip_target:
             next_v = next_v.clamp(-q_max, q_max)
-        y = args.gamma * ~batch.terminated * next_v
+        y = args.gamma * (1 - batch.terminated) * next_v
     q = critic(batch.state, batch.action, batch.next_z, batch.a_prev)
     expert = torch.arange(len(y), device=y.device) >= len(y) // 2
     sign = 2.0 * expert - 1
@@ -556,243 +351,114 @@ def lsiq_critic_loss(actor, critic, target_critic, batch, alpha, args):
             target = target.masked_fill(expert, q_max)
         loss = 2 * (q - target).square()  # twice the mean of both halves is the sum of their means
     else:
-        reward, weight = q - y, 1 - args.gamma * ended.float()
+        reward, weight = q - y, 1 - args.gamma * ended
         loss = -2 * sign * reward + args.regularizer * weight * reward.square()
-    return loss.mean(1).sum(), q.detach()
+    return (batch.weight * loss).sum(), q.detach()
 
 
-def temperature_loss(log_alpha, entropy, target_entropy):
-    """alpha (entropy - target_entropy): alpha falls while the entropy is above its target."""
-    return log_alpha.exp() * (entropy - target_entropy)
+def soft_actor_loss(actor, critic, batch, alpha, alpha_z):
+    """E[alpha log pi_a(a~) + alpha_z log pi_z(z~') - min_i Q_i(s, a~, z~', a_prev)].
 
-
-class Demonstrations:
-    """Episodes of an expert side by side, [time, episode]; one of T steps has T + 1 rows.
-
-    The last row of an episode holds its final observation, and no action; those behind it are
-    padding. `z` is the memory of a policy that was taken along, see `roll`.
+    Also the sample z~' [B, Z] and the entropies of pi_a and pi_z, detached.
     """
-
-    def __init__(self, episodes, device):
-        longest = max(len(episode["observations"]) for episode in episodes)
-
-        def side_by_side(name):
-            columns = [episode[name] for episode in episodes]
-            rest = columns[0].ndim * [(0, 0)]
-            padded = [np.pad(c, [(0, longest - len(c)), *rest[1:]]) for c in columns]
-            return torch.as_tensor(np.stack(padded, 1), device=device)
-
-        self.obs = side_by_side("observations")
-        self.critic_obs = side_by_side("critic_observations")
-        self.action = side_by_side("actions")
-        self.terminated = side_by_side("terminations")
-        self.a_prev = torch.cat([torch.zeros_like(self.action[:1]), self.action[:-1]])
-        lengths = [len(episode["actions"]) for episode in episodes]
-        self.length = torch.tensor(lengths, device=device)
-        self.valid = torch.arange(longest, device=device)[:, None] < self.length  # transitions
-        self.returns = [float(episode["rewards"].sum()) for episode in episodes]
-
-    @torch.no_grad()
-    def roll(self, unroll, z_dim):
-        """Set `z` [T + 1, E, Z]: the memory of a policy along what the expert saw and did.
-
-        `unroll(o, z, a_prev)` gives the noise-free action and a sample of z'.
-        """
-        z = torch.zeros(self.action.shape[1], z_dim, device=self.action.device)
-        self.z = torch.zeros(*self.action.shape[:2], z_dim, device=self.action.device)
-        for t in range(len(self.z)):
-            self.z[t] = z
-            _, z = unroll(self.obs[t], z, self.a_prev[t])
+    a, z, log_pi_a, log_pi_z = actor.sample(batch.obs, batch.z, batch.a_prev)
+    q = critic(batch.state, a, z, batch.a_prev).amin(0)
+    loss = (batch.weight * (alpha * log_pi_a + alpha_z * log_pi_z - q)).sum()
+    entropy, entropy_z = -(batch.weight * log_pi_a).sum(), -(batch.weight * log_pi_z).sum()
+    return loss, z.detach(), entropy.detach(), entropy_z.detach()
 
 
-def cloning_loss(unroll, demonstrations, batch_size, length):
-    """E[|a - mu_a|^2] over random sequences of at most `length` rows, which begin at their z.
-
-    Backpropagation through time, as the expert has no memory that could be data. A sequence may
-    reach over both ends of its episode, so that all rows of all episodes come equally often.
-    """
-    data, device = demonstrations, demonstrations.obs.device
-    places = data.length + length - 1
-    episode = torch.multinomial(places.float(), batch_size, replacement=True)
-    first = (torch.rand(batch_size, device=device) * places[episode]).long() - (length - 1)
-    start = first.clamp(min=0)
-    z, losses, rows = data.z[start, episode], 0.0, 0
-    for k in range(length):
-        row = (start + k).clamp(max=len(data.obs) - 1), episode
-        mean, z = unroll(data.obs[row], z, data.a_prev[row])
-        error = (mean - data.action[row]).square().sum(-1)
-        inside = data.valid[row] & (start + k < first + length)
-        losses, rows = losses + (error * inside).sum(), rows + inside.sum()
-    return losses / rows
-
-
-def behaviour_cloning(unroll, actor, demonstrations, args, stopped):
-    """`bc_steps` gradient steps of the actor on `cloning_loss`, or until `stopped` is not empty.
-
-    Returns the last loss.
-    """
-    optimizer = torch.optim.Adam(actor.parameters(), lr=args.bc_lr)
-    for i in tqdm(range(args.bc_steps), desc="cloning", dynamic_ncols=True, leave=False):
-        if i % 100 == 0:  # the memory has become another
-            demonstrations.roll(unroll, actor.z_dim)
-        loss = cloning_loss(unroll, demonstrations, args.bc_batch_size, args.bc_sequence_length)
-        check_finite({"the loss of behaviour cloning": loss})
-        descend(optimizer, loss)
-        if stopped:
-            break
-    return loss.detach()
-
-
-class S2PGLSIQ:
+class S2PGLSIQ(nn.Module):
     """Networks, temperatures and optimisers, and the update that trains them."""
 
-    def __init__(self, args, obs_dim, critic_dim, action_dim, privileged, device):
-        self.args, self.device, self.action_dim = args, device, action_dim
+    def __init__(self, args, env, device):
+        super().__init__()
+        self.args, self.device = args, device
+        space = env.single_observation_space
+        obs_dim, critic_dim = (view.shape[0] for view in views(getattr(space, "spaces", space)))
+        self.action_dim = action_dim = env.single_action_space.shape[0]
+        privileged = getattr(env, "critic_sees_more", obs_dim != critic_dim)
+        self.actor = StochasticStatefulActor(obs_dim, action_dim, args)
+        self.z_dim = self.actor.z_dim
         # a critic that is told no more than the policy gets z, in case that o is not Markov
-        self.critic_sees_z = args.critic_sees_z or not privileged
-        state_dim = 0 if args.memoryless else args.state_dim
-        actor = StochasticStatefulActor(
-            obs_dim, action_dim, state_dim, args.rnn, args.kernel, args.chrono, args.log_std_z_max
-        )
-        self.actor, self.z_dim = actor.to(device), actor.z_dim
-        inputs = critic_dim + self.z_dim * self.critic_sees_z + action_dim + self.z_dim
-        self.critic = ImitationCritic(inputs).to(device)
-        self.target_critic = ImitationCritic(inputs).to(device).requires_grad_(False)
-        self.target_critic.load_state_dict(self.critic.state_dict())
-        self.log_alpha = torch.tensor(math.log(args.alpha), device=device, requires_grad=True)
-        self.log_alpha_z = torch.tensor(math.log(args.alpha_z), device=device, requires_grad=True)
+        state_dim = critic_dim if privileged else obs_dim + self.z_dim
+        inputs = state_dim + action_dim + self.z_dim  # s, a, z'
+        self.critic, self.target_critic = ImitationCritic(inputs), ImitationCritic(inputs)
+        self.target_critic.requires_grad_(False).load_state_dict(self.critic.state_dict())
+        self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log())
+        self.log_alpha_z = nn.Parameter(torch.tensor(args.alpha_z).log())
+        self.to(device)
 
-        adam = functools.partial(torch.optim.Adam, fused=True, capturable=args.cudagraphs)
-        self.critic_optimizer = adam(self.critic.parameters(), lr=args.critic_lr)
+        adam = dict(fused=True, capturable=args.cudagraphs)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.critic_lr, **adam)
         parts = [
             dict(params=list(self.actor.parameters()), lr=args.actor_lr),
             dict(params=[self.log_alpha], lr=args.alpha_lr),
             dict(params=[self.log_alpha_z], lr=args.alpha_z_lr),
         ]
-        self.actor_optimizer = adam(parts)
+        self.actor_optimizer = torch.optim.Adam(parts, **adam)
+        self.optimizers = [self.critic_optimizer, self.actor_optimizer]
         compiled = torch.compile if args.compile else lambda function: function
         self.critic_loss, self.actor_loss = compiled(lsiq_critic_loss), compiled(soft_actor_loss)
+        self.act = self.actor.act
         if args.cudagraphs:
             self.act, self.update = Graphed(self.act), Graphed(self.update)
-        # where the critic sees what the policy sees, one copy of it will do
-        self.row_sizes = obs_dim, critic_dim if privileged else None, self.z_dim, action_dim
+        self.row_sizes = obs_dim, critic_dim if privileged else 0, self.z_dim, action_dim
 
-    def make_buffer(self):
-        args = self.args
-        return TransitionBuffer(args.buffer_size, args.num_envs, *self.row_sizes, self.device)
+    def make_expert_buffer(self, episodes):
+        """The demonstrations as rows, with the internal states that the policy has along them.
 
-    def clone(self, demonstrations, stopped):
-        """Behaviour cloning; returns its last loss."""
-        return behaviour_cloning(self.unroll, self.actor, demonstrations, self.args, stopped)
-
-    def unroll(self, obs, z, a_prev):
-        """The noise-free action [B, A] and a sample of z' [B, Z], both with gradients."""
-        mean, log_std = self.actor(obs, z, a_prev)
-        a, _ = torch.tanh(mean).split([self.action_dim, self.z_dim], -1)
-        _, z = squashed_gaussian(mean, log_std)[0].split([self.action_dim, self.z_dim], -1)
-        return a, z
-
-    def make_expert_buffer(self, demonstrations):
-        """The demonstrations as rows, with the memory that the policy has along them."""
-        data = demonstrations
-        # a resumed run goes on with its own random numbers
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            data.roll(self.unroll, self.z_dim)
-        rows, terminated = int((data.length + 1).sum()), data.terminated.cpu().numpy()
+        `episodes` are those of `envs.demonstrations.load`.
+        """
+        rows = sum(len(episode["observations"]) for episode in episodes)
         buffer = TransitionBuffer(rows + 1, 1, *self.row_sizes, self.device)
-        for episode, length in enumerate(data.length.tolist()):
-            for t in range(length + 1):
-                columns = data.obs, data.critic_obs, data.z, data.action
-                row = [column[t, episode].unsqueeze(0) for column in columns]
-                ended = terminated[t, episode : episode + 1]
-                buffer.add(*row, np.zeros(1), ended, np.array([t == 0]))
+        buffer.steps += 1  # of the oldest row, which is never drawn
+        for episode in episodes:
+            names = "observations", "critic_observations", "actions"
+            all_obs, all_state, actions = (to_device(episode[n], self.device) for n in names)
+            actions = torch.cat([actions, torch.zeros_like(actions[:1])])  # of the final row
+            z, a_prev = actions.new_zeros(1, self.z_dim), torch.zeros_like(actions[:1])
+            terminated = [*episode["terminations"], False]
+            for t, (obs, state, action) in enumerate(zip(all_obs, all_state, actions)):
+                obs, state, action = obs.unsqueeze(0), state.unsqueeze(0), action.unsqueeze(0)
+                buffer.add(obs, state, z, action, [0.0], [terminated[t]], [t == 0])
+                _, z = self.actor.act(obs, z, a_prev)
+                a_prev = action
         return buffer
-
-    @torch.no_grad()
-    def act(self, obs, z, a_prev):
-        """a [N, A] and z' [N, Z], with the noise of training."""
-        return self.actor.act(obs, z, a_prev)
 
     def update(self, buffer, expert):
         """One gradient step of everything; returns what to log, as tensors on the device."""
-        args = self.args
-        alpha, alpha_z = self.log_alpha.detach().exp(), self.log_alpha_z.detach().exp()
-        batches = [part.sample(args.batch_size, self.critic_sees_z) for part in (buffer, expert)]
+        actor, critic, args = self.actor, self.critic, self.args
+        batches = buffer.sample(args.batch_size), expert.sample(args.batch_size)
         batch = Transitions(*(torch.cat(columns) for columns in zip(*batches)))
+        batch = batch._replace(weight=batch.weight / 2)
+        alpha, alpha_z = self.log_alpha.detach().exp(), self.log_alpha_z.detach().exp()
 
-        qf_loss, q = self.critic_loss(
-            self.actor, self.critic, self.target_critic, batch, alpha, args
-        )
+        qf_loss, q = self.critic_loss(actor, critic, self.target_critic, batch, alpha, args)
         descend(self.critic_optimizer, qf_loss)
 
-        pi_loss, z_next, entropy, entropy_z = self.actor_loss(
-            self.actor, self.critic, batch, alpha, alpha_z
-        )
-        alpha_loss = temperature_loss(self.log_alpha, entropy, -self.action_dim)
-        target_z = args.target_entropy_z * self.z_dim
-        alpha_z_loss = temperature_loss(self.log_alpha_z, entropy_z, target_z)
-        # the three share no parameter, so one step is a step of each
+        pi_loss, z_next, entropy, entropy_z = self.actor_loss(actor, critic, batch, alpha, alpha_z)
+        # a temperature falls while its entropy is above the target
+        alpha_loss = self.log_alpha.exp() * (entropy + self.action_dim)
+        alpha_z_loss = self.log_alpha_z.exp() * (entropy_z - args.target_entropy_z * self.z_dim)
         descend(self.actor_optimizer, pi_loss + alpha_loss + alpha_z_loss)
 
         with torch.no_grad():  # theta' <- theta' + tau (theta - theta')
-            torch._foreach_lerp_(
-                list(self.target_critic.parameters()), list(self.critic.parameters()), args.tau
-            )
+            targets, online = list(self.target_critic.parameters()), list(critic.parameters())
+            torch._foreach_lerp_(targets, online, args.tau)
         if args.refresh:  # with the sample of the actor loss, one gradient step old and free
             for part, own, z in zip((buffer, expert), batches, z_next.chunk(2)):
                 part.refresh(own, z)
 
-        q_policy, q_expert = q.chunk(2, -1)
+        q_policy, q_expert = (batch.weight * q).sum(0).chunk(2)
         losses = dict(
-            q_policy=q_policy.mean(), q_expert=q_expert.mean(), qf_loss=qf_loss,
-            actor_loss=pi_loss, alpha=alpha, alpha_loss=alpha_loss, alpha_z=alpha_z,
-            alpha_z_loss=alpha_z_loss, entropy=entropy, entropy_z=entropy_z,
+            q_policy=q_policy.sum(), q_expert=q_expert.sum(), qf_loss=qf_loss, actor_loss=pi_loss,
+            alpha=alpha, alpha_z=alpha_z, entropy=entropy, entropy_z=entropy_z,
         )  # fmt: skip
         return {f"losses/{name}": value.detach() for name, value in losses.items()}
 
 
-Agent = S2PGLSIQ  # what `train` and `replay` work with
-
-
-class Graphed:
-    """`function`, captured as a CUDA graph in its fourth call and replayed from then on.
-
-    All its kernels then take one launch. A replay repeats the kernels and not the Python, so what
-    changes between two calls must lie in tensors that are written in place; and it overwrites
-    what the call before returned. There is one graph for each combination of arguments, of which
-    tensors have to be the same objects.
-    """
-
-    def __init__(self, function):
-        self.function, self.calls, self.graphs = function, collections.Counter(), {}
-
-    def __call__(self, *args):
-        self.calls[args] += 1
-        if self.calls[args] <= 3:  # on a side stream, as the capture: they create what it reuses
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream), warnings.catch_warnings():
-                # of an optimiser that is made for a graph and not in one yet
-                warnings.filterwarnings("ignore", message=".*capturable=True")
-                result = self.function(*args)
-            torch.cuda.current_stream().wait_stream(stream)
-            return result
-        if args not in self.graphs:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                result = self.function(*args)
-            self.graphs[args] = graph, result
-        graph, result = self.graphs[args]
-        graph.replay()
-        return result
-
-
-def to_device(array, device):
-    """A host array as a tensor; to a CUDA card through page-locked memory, without waiting."""
-    tensor = torch.as_tensor(array)
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
+Agent = S2PGLSIQ  # what `train` works with
 
 
 def descend(optimizer, loss):
@@ -802,414 +468,208 @@ def descend(optimizer, loss):
     optimizer.step()
 
 
-def make_env(args, num_envs, video_folder=None):
-    """A vector environment: observations `Dict(policy, critic)`, actions in [-1, 1].
+class Graphed:
+    """`function` as a CUDA graph from its fourth call on: all its kernels take one launch.
 
-    Register an environment of your own and name it in --env-id, or put it in the place of
-    `envs.make`: it then has that Dict itself, and an attribute `critic_sees_more`.
+    Tensor arguments are copied to where it reads them. The next call overwrites the result.
     """
 
-    def make_one(index):
-        film = video_folder is not None and index == 0
-        env = envs.make(
-            args.env_id, hide=args.hide, random_bodies=args.random_bodies, wind=args.wind,
-            privileged_critic=args.privileged_critic, render_mode="rgb_array" if film else None,
-            **args.env_kwargs,
-        )  # fmt: skip
-        if film:
-            try:
-                env.reset(seed=args.seed)
-                env.render()
-                env = gym.wrappers.RecordVideo(env, video_folder, disable_logger=True)
-            except Exception as error:  # graphics drivers raise what they like
-                raise ValueError(
-                    f"cannot record video: {error!r} (without a screen, MUJOCO_GL=egl may help)"
-                ) from error
-        env = gym.wrappers.RecordEpisodeStatistics(env)
-        return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    def __init__(self, function):
+        self.function, self.calls = function, 0
 
-    makers = [functools.partial(make_one, index) for index in range(num_envs)]
-    return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
-
-
-def dimensions(env):
-    """Sizes of the policy's observation, the critic's and the action; does the critic see more?"""
-    space = env.single_observation_space
-    sizes = space["policy"].shape[0], space["critic"].shape[0], env.single_action_space.shape[0]
-    return *sizes, env.get_attr("critic_sees_more")[0]
+    def __call__(self, *args):
+        if self.calls == 0:
+            self.args = [arg.clone() if torch.is_tensor(arg) else arg for arg in args]
+        for static, arg in zip(self.args, args):
+            if torch.is_tensor(arg):
+                static.copy_(arg)
+        self.calls += 1
+        if self.calls < 4:  # on a side stream: these create what the graph reuses
+            with torch.cuda.stream(torch.cuda.Stream()):
+                result = self.function(*self.args)
+            torch.cuda.synchronize()
+            return result
+        if self.calls == 4:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self.function(*self.args)
+        self.graph.replay()
+        return self.result
 
 
-def env_seed(args, step, evaluation=False):
-    """The seed of the first environment from `step` on; the others have the next ones.
-
-    Runs of other seeds, and evaluation, are given other episodes.
-    """
-    sequence = np.random.SeedSequence([args.seed, evaluation, step])
-    return int(sequence.generate_state(1)[0] >> 1)  # an int32, as some environments want it
+def to_device(array, device):
+    """A float32 copy of a host array, sent without waiting for what the device is doing."""
+    return torch.tensor(array, dtype=torch.float32).to(device, non_blocking=True)
 
 
-def evaluate(actor, env, episodes, deterministic, seed):
-    """Play `episodes` episodes, an equal share in each environment; returns a list of them.
+def make_env(args, num_envs):
+    """Your own may be any vector environment with actions in [-1, 1] and next-step autoreset."""
+    import envs
 
-    An episode of T steps is a dict of arrays: `observations` (the policy's) and
-    `critic_observations` [T + 1, .], `actions` [T, A] in the environment's own units, `rewards`,
-    `terminations` and `truncations` [T], and `successes` [T] where the environment reports an
-    `info["success"]`. The random numbers of training go on as if never used.
-    """
-    device, n = next(actor.parameters()).device, env.num_envs
-    space = env.get_attr("unwrapped")[0].action_space
-    shares = [len(range(i, episodes, n)) for i in range(n)]
-    rows, played = [[] for _ in range(n)], [[] for _ in range(n)]
-    names = ["actions", "rewards", "terminations", "truncations"]
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        obs, _ = env.reset(seed=seed)
-        z = torch.zeros(n, actor.z_dim, device=device)
-        a_prev = torch.zeros(n, actor.action_dim, device=device)
-        final = np.zeros(n, dtype=bool)  # rows that hold the last observation of an episode
-        while any(len(p) < share for p, share in zip(played, shares)):
-            policy_obs = to_device(obs["policy"], device)
-            action, z = actor.act(policy_obs, z, a_prev, deterministic)
-            a = action.cpu().numpy()
-            next_obs, reward, terminated, truncated, info = env.step(a)
-            a = space.low + 0.5 * (a + 1) * (space.high - space.low)
-            success = info.get("success", np.zeros(n, dtype=bool))
-            columns = obs["policy"], obs["critic"], a, reward, terminated, truncated, success
-            if "success" in info and "successes" not in names:
-                names.append("successes")
-            for i, row in enumerate(zip(*columns)):
-                rows[i].append(row)
-                if len(rows[i]) > 100_000:
-                    raise ValueError("no end of an episode in 100 000 steps; set max_episode_steps")
-                if final[i]:
-                    played[i].append([np.array(column) for column in zip(*rows[i])])
-                    rows[i] = []
-            keep = to_device(~final, device).unsqueeze(-1)
-            z, a_prev = z * keep, action * keep
-            obs, final = next_obs, terminated | truncated
-    return [
-        dict(observations=o, critic_observations=s) | {k: v[:-1] for k, v in zip(names, rest)}
-        for p, share in zip(played, shares)
-        for o, s, *rest in p[:share]
-    ]
+    options = dict(hide=args.hide, privileged_critic=args.privileged_critic)
+    return envs.make_vec(args.env_id, num_envs, **options, **args.env_kwargs)
 
 
-def log_returns(writer, actor, env, args, step):
-    """Evaluate the actor, log its mean returns, and return them by mode."""
-    result = {}
-    for mode in ("deterministic", "stochastic"):
-        deterministic, seed = mode == "deterministic", env_seed(args, step, evaluation=True)
-        episodes = evaluate(actor, env, args.eval_episodes, deterministic, seed)
-        result[mode] = np.mean([episode["rewards"].sum() for episode in episodes])
-        writer.add_scalar(f"eval/return_{mode}", result[mode], step)
-        if "successes" in episodes[0]:
-            successes = [episode["successes"].any() for episode in episodes]
-            writer.add_scalar(f"eval/success_{mode}", np.mean(successes), step)
-    return result
+def views(obs):
+    """What the policy and what the critic sees; where it is no dict, both see all of it."""
+    return (obs["policy"], obs["critic"]) if isinstance(obs, dict) else (obs, obs)
 
 
-def check_finite(tensors):
-    """FloatingPointError that names the first of `tensors` (a dict) with a NaN or an infinity."""
-    for name, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise FloatingPointError(f"{name} is not finite")
-
-
-def save_checkpoint(run_dir, agent, state):
+def save_checkpoint(run_dir, agent, buffer, **state):
     """Write RUN/checkpoint.pt whole or not at all, so that a kill leaves the last good one."""
-    for network in (agent.actor, agent.critic):
-        check_finite(network.state_dict())
-    path = os.path.join(run_dir, "checkpoint.pt")
-    parts = {k: v.state_dict() for k, v in vars(agent).items() if hasattr(v, "state_dict")}
-    tensors = {k: v.detach() for k, v in vars(agent).items() if torch.is_tensor(v)}
-    agent_state = dict(algorithm=type(agent).__name__, parts=parts, tensors=tensors)
-    torch.save(agent_state | state, path + ".tmp")
-    os.replace(path + ".tmp", path)
+    if not all(p.isfinite().all() for p in agent.parameters()):
+        sys.exit(f"the weights are not finite any more; {run_dir} keeps its last checkpoint")
+    state |= dict(agent=agent.state_dict(), optimizers=[o.state_dict() for o in agent.optimizers])
+    if agent.args.save_buffer:
+        written = buffer.rows[: int(buffer.steps) * buffer.num_envs].clone()
+        state |= dict(rows=written, steps=buffer.steps, ring=(buffer.slots, buffer.num_envs))
+    torch.save(state, run_dir / "checkpoint.pt.tmp")
+    (run_dir / "checkpoint.pt.tmp").replace(run_dir / "checkpoint.pt")
 
 
-def load_checkpoint(run_dir, agent):
-    """Load RUN/checkpoint.pt into `agent`; returns all of it. ValueError where it does not fit."""
-    path = os.path.join(run_dir, "checkpoint.pt")
+def load_checkpoint(run_dir, agent, buffer):
+    """Go on from RUN/checkpoint.pt; returns its global step and seconds of training."""
+    ring = buffer.slots, buffer.num_envs
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{run_dir} holds no checkpoint.pt") from None
-    except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged, or no checkpoint") from error
-    if not isinstance(state, dict) or state.get("algorithm") != type(agent).__name__:
-        raise ValueError(f"{path} is no checkpoint of {type(agent).__name__}")
-    try:
-        for name, saved in state["parts"].items():
-            part = getattr(agent, name)
-            before = getattr(part, "param_groups", [])
-            part.load_state_dict(saved)
-            for group, own in zip(getattr(part, "param_groups", []), before):
-                # the options, or the device, may want another
-                group |= dict(lr=own["lr"], capturable=own["capturable"])
-        for name, tensor in state["tensors"].items():
-            getattr(agent, name).data.copy_(tensor)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} holds networks of other sizes than these options") from error
-    return state
-
-
-def passed(every, last_step, step):
-    """Whether a multiple of `every` lies in (last_step, step]; never if `every` is 0."""
-    return every > 0 and step // every > last_step // every
-
-
-def choose_device(args):
-    """CUDA if there is a card and `args` allow it; without one, what is for CUDA alone is off."""
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and (args.compile or args.cudagraphs):
-        args.compile = args.cudagraphs = False
-        print("--compile and --cudagraphs are off, as no CUDA card is used")
-    return device
+        state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        agent.load_state_dict(state["agent"])
+        if state.get("ring", ring) != ring:
+            raise ValueError("its buffer has another --buffer-size or --num-envs")
+    except Exception as error:  # torch raises what it likes
+        sys.exit(f"{run_dir} has no checkpoint that fits these options: {error!r}")
+    for optimizer, saved in zip(agent.optimizers, state["optimizers"]):
+        groups = optimizer.state_dict()["param_groups"]  # learning rates are those of the options
+        optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
+    if "rows" in state:
+        buffer.rows[: len(state["rows"])] = state["rows"]
+        buffer.steps.copy_(state["steps"])
+    return state["global_step"], state["seconds"]
 
 
 def train(args):
-    asked_for = vars(args) | dict(resume=None)
-    device = choose_device(args)
-    torch.manual_seed(args.seed)
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}"
-    run_dir = os.path.normpath(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
+    import envs.demonstrations
 
-    videos = f"{run_dir}/videos/training-{time.time():.0f}" if args.capture_video else None
-    env = make_env(args, args.num_envs, videos)
-    eval_env = make_env(args, min(args.eval_episodes, 8))
-    sizes = dimensions(env)
-    agent = Agent(args, *sizes, device)
-    demonstrations = Demonstrations(
-        envs.demonstrations.load(args.demonstrations, env.envs[0], args.demonstration_episodes),
-        device,
-    )
-    buffer = agent.make_buffer()
-    global_step, seconds = 0, 0.0
-    if args.resume:
-        state = load_checkpoint(run_dir, agent)
-        global_step, seconds = state["global_step"], state["seconds"]
-        if global_step >= args.total_timesteps:
-            raise ValueError(f"{run_dir} has done {global_step} steps; raise --total-timesteps")
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
-        if "buffer" in state:
-            buffer.load_state_dict(state["buffer"])
-    os.makedirs(run_dir, exist_ok=True)
-    args_path = os.path.join(run_dir, "args.json")
-    with open(args_path + ".tmp", "w") as file:
-        json.dump(asked_for, file, indent=2)
-    os.replace(args_path + ".tmp", args_path)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and (args.compile or args.cudagraphs):
+        sys.exit("--compile and --cudagraphs need a CUDA card")
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}"
+    run_dir = Path(args.resume or "runs/" + name.replace("/", "_").replace(":", "_"))
+
+    env = make_env(args, args.num_envs)
+    eval_env = make_env(args, min(args.eval_episodes, 8)) if args.eval_frequency else None
+    agent = Agent(args, env, device)
+    buffer = TransitionBuffer(args.buffer_size, args.num_envs, *agent.row_sizes, device)
+    global_step, seconds = load_checkpoint(run_dir, agent, buffer) if args.resume else (0, 0.0)
+    count = args.demonstration_episodes
+    episodes = envs.demonstrations.load(args.demonstrations, env.envs[0], count)
+    expert = agent.make_expert_buffer(episodes)
+    # a resumed run whose buffer was not saved fills a new one
+    first_update = global_step + args.learning_starts - int(buffer.steps) * args.num_envs
+    if args.total_timesteps <= max(global_step, first_update):
+        sys.exit(f"no update before step {first_update}: raise --total-timesteps")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    saved_args = vars(args) | dict(resume=None, script=Path(__file__).name)
+    (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
     if args.track:
         import wandb
 
         wandb.init(
             project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
-            name=os.path.basename(run_dir), id=os.path.basename(run_dir)[-64:], resume="allow",
-            sync_tensorboard=True, save_code=True,
+            id=run_dir.name[-64:], resume="allow", sync_tensorboard=True,
         )  # fmt: skip
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
+    expert_return = np.mean([episode["rewards"].sum() for episode in episodes])
+    writer.add_scalar("charts/expert_return", expert_return, global_step)
+    if global_step < args.learning_starts:
+        bar.write(f"actions are random until learning starts at step {args.learning_starts}")
+    stopped_by = []
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
-    def stop(signum, frame):
-        stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)  # the second one does not wait
-
-    stop_signals = []
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    # as if the run had never stopped: `seconds` are those of training, without evaluations
-    start_time, updates_due = time.time() - seconds, 0.0
-    returns, metrics, result = collections.deque(maxlen=10), {}, {}
-    # what the agent acts on is written in place, where a graph reads it
-    both_obs = torch.zeros(args.num_envs, sum(sizes[:2]), device=device)
-    policy_obs, critic_obs = both_obs.split(sizes[:2], -1)
-
-    def see(obs):
-        both_obs.copy_(to_device(np.concatenate([obs["policy"], obs["critic"]], -1), device))
-
-    see(env.reset(seed=env_seed(args, global_step))[0])  # a resumed run: new episodes
+    start_time, updates_due, metrics = time.time() - seconds, 0, {}
+    obs, _ = env.reset(seed=1000 * args.seed + global_step)  # a resumed run: new episodes
     z = torch.zeros(args.num_envs, agent.z_dim, device=device)
     a_prev = torch.zeros(args.num_envs, agent.action_dim, device=device)
     first = np.ones(args.num_envs, dtype=bool)  # rows that begin an episode
     final = np.zeros(args.num_envs, dtype=bool)  # rows that hold its last observation
-    no_reward = np.zeros(args.num_envs)
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
-    with writer, bar:
-        writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
-        writer.add_scalar("charts/expert_return", np.mean(demonstrations.returns), global_step)
-        if args.bc_steps > 0 and not args.resume:
-            loss = agent.clone(demonstrations, stop_signals)
-            if stop_signals:
-                print("stopped while cloning, of which nothing is saved")
-                sys.exit(128 + stop_signals[0])
-            writer.add_scalar("losses/bc_loss", loss, global_step)
-            seconds = time.time() - start_time
+    leaving = False
+    while not leaving:
+        policy_obs, critic_obs = (to_device(view, device) for view in views(obs))
+        action, z_next = agent.act(policy_obs, z, a_prev)
+        if global_step < args.learning_starts:
+            action = 2 * torch.rand_like(action) - 1
+        a = action.cpu().numpy()
+        if not np.isfinite(a).all():
+            sys.exit(f"the action is not finite; {run_dir} keeps its last checkpoint")
+        for _ in range(updates_due):  # a CUDA card works on them while the environment steps
+            metrics = agent.update(buffer, expert)
+        obs, _, terminated, truncated, info = env.step(a)
+        no_reward = np.zeros(args.num_envs)
+        buffer.add(policy_obs, critic_obs, z, action, no_reward, terminated, first)
+
+        # a final row is no step: the environment ignores its action and begins anew ...
+        last_step, env_step = global_step, global_step + np.cumsum(~final)
+        global_step = int(env_step[-1])
+        bar.update(global_step - last_step)
+        for i in np.flatnonzero(info.get("_episode", [])):
+            for name, key in ("return", "r"), ("length", "l"):
+                writer.add_scalar(f"charts/episodic_{name}", info["episode"][key][i], env_step[i])
+            bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
+        # ... and so does the internal state
+        keep = to_device(~final, device).unsqueeze(-1)
+        z, a_prev = z_next * keep, action * keep
+        first, final = final, terminated | truncated
+        updates_due = global_step - last_step if global_step >= first_update else 0
+
+        finished = global_step >= args.total_timesteps
+        leaving = finished or bool(stopped_by)
+        seconds = time.time() - start_time  # of training, without evaluations
+        if global_step // 100 > last_step // 100:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, global_step)
+            writer.add_scalar("charts/SPS", global_step / seconds, global_step)
+        every = args.checkpoint_frequency
+        if leaving or global_step // every > last_step // every:
+            save_checkpoint(run_dir, agent, buffer, global_step=global_step, seconds=seconds)
+        every = args.eval_frequency
+        if every and (finished or global_step // every > last_step // every):
+            result = envs.returns(agent.actor, eval_env, args.eval_episodes, args.seed, global_step)
             writer.add_scalar("charts/seconds", seconds, global_step)
-            result = log_returns(writer, agent.actor, eval_env, args, global_step)
+            for name, value in result.items():
+                writer.add_scalar(f"eval/{name}", value, global_step)
+            means = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+            bar.write(f"step {global_step}: {means}")
             start_time = time.time() - seconds
-        expert = agent.make_expert_buffer(demonstrations)
-        while True:
-            action, z_next = agent.act(policy_obs, z, a_prev)
-            if global_step < args.learning_starts and args.bc_steps == 0:
-                action = 2 * torch.rand_like(action) - 1
-            a = action.cpu().numpy()
-            if not np.isfinite(a).all():
-                check_finite(metrics | {"the action": action})  # raises; losses may be the cause
-            while updates_due >= 1:  # a CUDA card works on them while the environment steps
-                metrics = agent.update(buffer, expert)
-                updates_due -= 1
-            next_obs, _, terminated, truncated, info = env.step(a)
-            buffer.add(policy_obs, critic_obs, z, action, no_reward, terminated, first)
-
-            # a final row is no step: the environment ignores its action and begins anew ...
-            last_step, env_step = global_step, global_step + np.cumsum(~final)
-            global_step = int(env_step[-1])
-            bar.update(global_step - last_step)
-            for i in np.flatnonzero(info.get("_episode", [])):
-                returns.append(info["episode"]["r"][i])
-                writer.add_scalar("charts/episodic_return", info["episode"]["r"][i], env_step[i])
-                writer.add_scalar("charts/episodic_length", info["episode"]["l"][i], env_step[i])
-                bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
-            # ... and so does the memory
-            keep = to_device(~final, device).unsqueeze(-1)
-            torch.mul(z_next, keep, out=z)
-            torch.mul(action, keep, out=a_prev)
-            see(next_obs)
-            first, final = final, terminated | truncated
-
-            if buffer.size >= args.learning_starts:
-                updates_due += args.utd * (global_step - last_step)
-
-            finished, stopped = global_step >= args.total_timesteps, bool(stop_signals)
-            if passed(100, last_step, global_step):
-                check_finite(metrics)
-                for name, value in metrics.items():
-                    writer.add_scalar(name, value, global_step)
-                sps = global_step / (time.time() - start_time)
-                writer.add_scalar("charts/SPS", sps, global_step)
-            if finished or passed(args.eval_frequency, last_step, global_step):
-                seconds = time.time() - start_time
-                writer.add_scalar("charts/seconds", seconds, global_step)
-                result = log_returns(writer, agent.actor, eval_env, args, global_step)
-                start_time = time.time() - seconds
-            save = finished or passed(args.checkpoint_frequency, last_step, global_step)
-            if save or stopped:
-                seconds = time.time() - start_time
-                state = dict(global_step=global_step, seconds=seconds, rng=torch.get_rng_state())
-                if device.type == "cuda":
-                    state["cuda_rng"] = torch.cuda.get_rng_state(device)
-                if args.save_buffer:
-                    state["buffer"] = buffer.state_dict()
-                check_finite(metrics)
-                save_checkpoint(run_dir, agent, state)
-            if finished or stopped:
-                break
+    bar.close()
+    writer.close()
     env.close()
-    eval_env.close()
     if not finished:
         print(f"stopped at step {global_step}; go on with --resume {run_dir}")
-        sys.exit(128 + stop_signals[0])
-    result = ", ".join(f"{mode} {mean:.1f}" for mode, mean in result.items())
-    print(f"{run_dir}: return at step {global_step}: {result}")
-
-
-def replay(args):
-    """Evaluate a trained policy: print its returns, record videos and demonstrations."""
-    device = choose_device(args)
-    for mode in ("deterministic", "stochastic"):
-        deterministic = mode == "deterministic"
-        videos = f"{args.evaluate}/videos/evaluation-{time.time():.0f}"
-        film = args.capture_video and deterministic
-        env = make_env(args, min(args.eval_episodes, 8), videos if film else None)
-        agent = Agent(args, *dimensions(env), device)
-        load_checkpoint(args.evaluate, agent)
-        seed = env_seed(args, 0, evaluation=True)
-        episodes = evaluate(agent.actor, env, args.eval_episodes, deterministic, seed)
-        env.close()
-        returns = [episode["rewards"].sum() for episode in episodes]
-        length = np.mean([len(episode["rewards"]) for episode in episodes])
-        success = ""
-        if "successes" in episodes[0]:
-            rate = np.mean([episode["successes"].any() for episode in episodes])
-            success = f", success {rate:.0%}"
-        print(
-            f"{mode}: return {np.mean(returns):.1f} +- {np.std(returns):.1f}, length {length:.0f}, "
-            f"{len(episodes)} episodes{success}"
-        )
-        if args.save_demonstrations and deterministic != args.stochastic_demonstrations:
-            arrays = {k: np.concatenate([episode[k] for episode in episodes]) for k in episodes[0]}
-            made_by = json.dumps(vars(args) | dict(returns=returns))
-            with open(args.save_demonstrations + ".tmp", "wb") as file:
-                np.savez_compressed(file, **arrays, env_id=args.env_id, made_by=made_by)
-            os.replace(args.save_demonstrations + ".tmp", args.save_demonstrations)
+        sys.exit(128 + stopped_by[0])
+    print(f"python evaluate.py {run_dir}")
 
 
 def parse_args():
-    """The command line, over the options of the run or what the task wants, over the defaults."""
-    asked = [option for option in sys.argv[1:] if option not in ("-h", "--help")]
-    args = tyro.cli(Args, args=asked, description=__doc__)
-    run_dir = args.resume or args.evaluate
-    defaults = Args(**TUNED.get(args.env_id.split("-")[0], {}))
-    if run_dir is not None:
-        path = os.path.join(run_dir, "args.json")
+    """The command line, over the options of the run to resume or what the task wants."""
+    asked = tyro.cli(Args, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
+    options = TUNED.get(asked.env_id.split("-")[0], {})
+    if asked.resume is not None:
         try:
-            with open(path) as file:
-                defaults = Args(**json.load(file))
-                defaults.limits()  # TypeError for what is no number
-                defaults.capture_video &= args.evaluate is None
-        except FileNotFoundError:
-            raise ValueError(f"{run_dir} is no run: it holds no args.json") from None
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path} is damaged, or another script's ({error})") from None
+            options = json.loads(Path(asked.resume, "args.json").read_text())
+            del options["script"]
+            Args(**options)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            sys.exit(f"{asked.resume} is no run of this script: {error!r}")
     # of a dict that is not empty tyro makes options of their own, one for each key
-    env_kwargs, defaults.env_kwargs = defaults.env_kwargs, {}
-    args = tyro.cli(Args, description=__doc__, default=defaults)
-    args.env_kwargs = args.env_kwargs or env_kwargs
+    env_kwargs = asked.env_kwargs or options.get("env_kwargs", {})
+    args = tyro.cli(Args, default=Args(**options | dict(env_kwargs={})), description=__doc__)
+    args.env_kwargs = env_kwargs
     return args
 
 
-def check_args(args):
-    """ValueError for an option that is out of range, or makes no sense beside another."""
-    for name, (low, high, *others) in args.limits().items():
-        value = getattr(args, name)
-        if value is not None and not (isinstance(value, int | float) and low <= value <= high):
-            option = "--" + name.replace("_", "-")
-            given = "".join(f" with --{n.replace('_', '-')} {getattr(args, n)}" for n in others)
-            raise ValueError(f"{option} is {value}; it must be in [{low}, {high}]{given}")
-    if args.resume and args.evaluate:
-        raise ValueError("--resume and --evaluate exclude each other")
-    if args.track and not args.evaluate and importlib.util.find_spec("wandb") is None:
-        raise ValueError("--track needs Weights and Biases: pip install wandb")
-    own = {"env_id", "hide", "random_bodies", "wind", "privileged_critic", "render_mode"}
-    for name in sorted(own & args.env_kwargs.keys()):
-        raise ValueError(f"--env-kwargs is for what the environment takes, and not for {name}")
-    path = args.save_demonstrations
-    if path and not (args.evaluate and path.endswith(".npz")):
-        raise ValueError("--save-demonstrations takes a FILE.npz, and --evaluate RUN beside it")
-    if path and not os.path.isdir(os.path.dirname(path) or "."):
-        raise ValueError(f"--save-demonstrations {path}: there is no such folder")
-    if args.stochastic_demonstrations and not path:
-        raise ValueError("--stochastic-demonstrations needs --save-demonstrations FILE.npz")
-
-
-def main():
-    """Bad input, unusable files and losses that blow up end in one sentence and exit status 1.
-
-    With `python -X dev` they end in a traceback.
-    """
-    try:
-        args = parse_args()
-        check_args(args)
-        torch.set_num_threads(args.num_threads)
-        torch.set_float32_matmul_precision(args.matmul_precision)
-        torch.backends.cudnn.allow_tf32 = args.matmul_precision != "highest"
-        torch.backends.cudnn.deterministic = args.torch_deterministic
-        replay(args) if args.evaluate else train(args)
-    except (ValueError, FloatingPointError, OSError) as error:
-        if sys.flags.dev_mode:
-            raise
-        sys.exit(f"{os.path.basename(__file__)}: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    train(parse_args())

@@ -254,16 +254,16 @@ class Rollout:
 class Batch(NamedTuple):
     """Rows of a rollout; `state` is what the critic sees."""
 
-    obs: torch.Tensor  # [B, O], normalised
-    state: torch.Tensor  # [B, S], normalised
-    z: torch.Tensor  # [B, Z]
-    a_prev: torch.Tensor  # [B, A]
-    sample: torch.Tensor  # [B, A + Z], a and z'
-    old_log_prob: torch.Tensor  # [B]
-    old_value: torch.Tensor  # [B], normalised like the returns
-    advantage: torch.Tensor  # [B]
-    returns: torch.Tensor  # [B], normalised
-    weight: torch.Tensor  # [B], 1 or 0, for a row that is no transition
+    obs: torch.Tensor  # [..., O], normalised
+    state: torch.Tensor  # [..., S], normalised
+    z: torch.Tensor  # [..., Z]
+    a_prev: torch.Tensor  # [..., A]
+    sample: torch.Tensor  # [..., .], what the policy drew
+    old_log_prob: torch.Tensor  # [...]
+    old_value: torch.Tensor  # [...], normalised like the returns
+    advantage: torch.Tensor  # [...]
+    returns: torch.Tensor  # [...], normalised
+    weight: torch.Tensor  # [...], 1 or 0, for a row that is no transition
 
 
 @torch.no_grad()

@@ -92,9 +92,9 @@ CLAIMS = {
             "memoryless SAC": "s2pg_sac.py --memoryless",
         },
         [
-            "--env-id InvertedDoublePendulum-v4 --hide none --random-bodies "
+            "--env-id InvertedDoublePendulum-v4 --hide none --env-kwargs random_bodies True "
             f"--total-timesteps 15000 --eval-frequency 1500 --eval-episodes 20 {MEDIUM}",
-            f"{LONG} HalfCheetah-v4 --hide none --random-bodies",
+            f"{LONG} HalfCheetah-v4 --hide none --env-kwargs random_bodies True",
         ],
         seeds=3,
         threshold={"InvertedDoublePendulum-v4": 5000, "HalfCheetah-v4": 2000},
@@ -122,8 +122,8 @@ CLAIMS = {
             "memoryless PPO": "s2pg_ppo.py --memoryless",
         },
         [
-            "--env-id HalfCheetah-v4 --hide none --wind --num-envs 4 --num-steps 512 "
-            "--total-timesteps 500000 --eval-frequency 25000 --eval-episodes 10"
+            "--env-id HalfCheetah-v4 --hide none --env-kwargs wind True --num-envs 4 "
+            "--num-steps 512 --total-timesteps 500000 --eval-frequency 25000 --eval-episodes 10"
         ],
         seeds=3,
         threshold={"HalfCheetah-v4": 1000},

@@ -31,55 +31,38 @@ COLUMNS = [
     "success_deterministic", "success_stochastic",
 ]  # fmt: skip
 MODES = "deterministic", "stochastic"
-SCRIPTS = [path.stem for path in sweep.ROOT.glob("*.py") if path.stem.startswith(("s2pg", "bptt"))]
 
 
 @dataclasses.dataclass
 class Args:
-    claims: tyro.conf.Positional[tuple[str, ...]] = ()
-    """names of claims.py"""
-    seeds: tuple[int, ...] = ()
-    """by default those of the claim"""
-    out: str = "runs/sweep"
-    """the folder that sweep.py ran them in"""
-    cuda: bool = False
-    """those that it ran with --cuda"""
-    add: bool = False
-    """keep the rows of the CSV whose runs are not here, as those of other seeds or machines"""
-    results: str = "benchmark/results"
-    """folder of the CSVs"""
-    runs: tuple[str, ...] = ()
-    """folders of runs that are not of a claim"""
-    csv: str = "runs.csv"
-    """file for those"""
+    claims: tyro.conf.Positional[tuple[str, ...]] = ()  # names of claims.py
+    seeds: tuple[int, ...] = ()  # by default those of the claim
+    out: str = "runs/sweep"  # the folder that sweep.py ran them in
+    cuda: bool = False  # those that it ran with --cuda
+    add: bool = False  # keep the rows of the CSV whose runs are not here: other seeds or machines
+    results: str = "benchmark/results"  # folder of the CSVs
+    runs: tuple[str, ...] = ()  # folders of runs that are not of a claim
+    csv: str = "runs.csv"  # file for those
 
-
-def script_of(args, folder):
-    """The name of the script that has these options, and the fewest others, of the run in `folder`.
-
-    An earlier version of it may have had fewer.
-    """
-    options = {name: vars(sweep.script_of(name).Args()).keys() for name in SCRIPTS}
-    fitting = [name for name in SCRIPTS if args.keys() <= options[name]]
-    if not fitting:
-        raise ValueError(f"no script has the options of {folder}; was it another version?")
-    return min(fitting, key=lambda name: len(options[name]))
+    def __post_init__(self):
+        sweep.check_names("claim", self.claims, CLAIMS)
+        if not self.claims and not self.runs:
+            sys.exit("name claims, or --runs and their --csv")
 
 
 def evaluations(folder, run=None, machine=None, only_step_0=False):
     """Rows of one run, a `run` of sweep.py or any: its evaluations, and the level of its expert.
 
-    ValueError where the folder is no run of these scripts, or has no evaluation yet.
+    ValueError where the folder is no run of a script here, or has no evaluation yet.
     """
-    path = folder / "args.json"
-    if not path.exists():
-        raise ValueError(f"{folder} is no run: it holds no args.json")
-    args = json.loads(path.read_text())
-    script = script_of(args, folder) if run is None else Path(run.script).stem
+    try:
+        args = json.loads((folder / "args.json").read_text())
+        script = Path(args.pop("script") if run is None else run.script).stem
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} is no run: {error!r}") from None
     defaults = vars(sweep.script_of(script).Args())
-    options = {k: v for k, v in args.items() if k not in COLUMNS and v != defaults.get(k)}
-    for name in ("exp_name", "save_buffer"):
-        options.pop(name, None)
+    apart = {*COLUMNS, "exp_name", "save_buffer"}
+    options = {k: v for k, v in args.items() if k not in apart and v != defaults.get(k)}
     origin = ["", "", ""]  # of a run that sweep.py did not make nobody knows
     if machine is not None:
         versions = " ".join(f"{name}={value}" for name, value in machine["versions"].items())
@@ -114,46 +97,45 @@ def evaluations(folder, run=None, machine=None, only_step_0=False):
 
 
 def others(rows, path):
-    """The rows that the CSV at `path` has of other runs than those of `rows`. ValueError if it is
-    no CSV of this script."""
+    """The rows that the CSV at `path` has of other runs than those of `rows`."""
     here = {(row[0], row[1], row[4]) for row in rows}
     with open(path, newline="") as file:
         header, *found = list(csv.reader(file)) or [[]]
     if not header or header != COLUMNS[: len(header)]:  # older ones have fewer columns
-        raise ValueError(f"{path} is no CSV of collect.py")
+        sys.exit(f"{path} is no CSV of collect.py")
     fill = [""] * (len(COLUMNS) - len(header))
     found = [[*row[:4], int(row[4]), int(row[5]), *row[6:], *fill] for row in found]
     return [row for row in found if (row[0], row[1], row[4]) not in here]
 
 
 def write(rows, path, add=False):
-    """The CSV, sorted; whole or not at all. ValueError if two runs have one label and seed."""
-    if add and path.exists():
-        rows = rows + others(rows, path)
+    """The CSV, sorted. Two runs of one label and seed are an error."""
     unique = {}
-    for row in rows:
-        key = tuple(row[i] for i in (0, 1, 4, 5))
-        if key in unique:
-            levels = {float(unique[key][8]), float(row[8])}
-            if row[1] != "expert":
-                raise ValueError(f"two runs of {row[0]} are {row[1]}, seed {row[4]}")
-            if len(levels) > 1:  # it is one for all seeds
-                raise ValueError(
-                    f"two experts of {row[0]}, with returns {levels}: collect them apart"
-                )
-        unique[key] = row
+    for row in rows + (others(rows, path) if add and path.exists() else []):
+        key = row[0], row[1], row[4], row[5]
+        other = unique.setdefault(key, row)
+        if row[1] != "expert" and other is not row:
+            sys.exit(f"two runs of {row[0]} are {row[1]}, seed {row[4]}")
+        if float(other[8]) != float(row[8]):  # it is one for all seeds
+            levels = f"{other[8]} and {row[8]}"
+            sys.exit(f"two experts of {row[0]}, with returns {levels}: collect them apart")
+    write_csv(path, COLUMNS, [unique[key] for key in sorted(unique)])
+
+
+def write_csv(path, header, rows):
+    """A CSV, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(unique[key] for key in sorted(unique))
+        writer.writerow(header)
+        writer.writerows(rows)
     temporary.replace(path)
-    print(f"{path}: {len(unique)} evaluations")
+    print(f"{path}: {len(rows)} rows")
 
 
 def collect_claim(name, args):
-    """The CSV of what is finished of a claim. ValueError if nothing is."""
+    """The CSV of what is finished of a claim."""
     rows, claim = [], CLAIMS[name]
     for run in sweep.runs_of(claim, args.out, args.seeds, cuda=args.cuda):
         if not sweep.is_done(run):
@@ -163,31 +145,23 @@ def collect_claim(name, args):
         machine = json.loads((run.folder / "machine.json").read_text())
         rows += evaluations(sweep.run_dir(run), run, machine, run.label in claim.cloning)
     if not rows:
-        raise ValueError(f"no run of {name} is finished in {args.out}")
+        sys.exit(f"no run of {name} is finished in {args.out}")
     write(rows, Path(args.results, f"{name}.csv"), args.add)
 
 
 def main(args: Args):
-    unknown = set(args.claims) - set(CLAIMS)
-    if unknown:
-        sys.exit(f"collect.py: no claim {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
-    if not args.claims and not args.runs:
-        sys.exit("collect.py: name claims, or --runs and their --csv")
-    try:
-        for name in args.claims:
-            collect_claim(name, args)
-        if args.runs:
-            rows = []
-            for run in args.runs:
-                try:
-                    rows += evaluations(Path(run))
-                except ValueError as error:
-                    print(f"left out: {error}")
-            if not rows:
-                raise ValueError("none of these is a run with an evaluation")
-            write(rows, Path(args.csv), args.add)
-    except (ValueError, OSError) as error:
-        sys.exit(f"collect.py: {error}")
+    for name in args.claims:
+        collect_claim(name, args)
+    rows = []
+    for run in args.runs:
+        try:
+            rows += evaluations(Path(run))
+        except ValueError as error:
+            print(f"left out: {error}")
+    if rows:
+        write(rows, Path(args.csv), args.add)
+    elif args.runs:
+        sys.exit("none of these is a run with an evaluation")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ actions. R^2 in the other half, in percent, its mean over all that is hidden.
 
 import csv
 import dataclasses
-import json
+import functools
 import sys
 from pathlib import Path
 
@@ -31,6 +31,8 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import envs
+import evaluate
 from benchmark import collect, sweep
 from benchmark.claims import CLAIMS
 
@@ -45,117 +47,104 @@ READ = "o and a_prev", "and the memory", "the same, no noise", "the same, untrai
 
 @dataclasses.dataclass
 class Args:
-    claims: tyro.conf.Positional[tuple[str, ...]] = ()
-    """names of claims.py"""
-    tasks: tuple[str, ...] = ()
-    """ids of the environments, by default all of the claim"""
-    out: str = "runs/sweep"
-    """the folder that sweep.py ran them in"""
-    episodes: int = 40
-    """for each change of the ablation, the same for all, and for the readout"""
-    probe_episodes: int = 2000
-    """for the probe, half of them to fit it"""
-    results: str = "benchmark/results"
-    """folder of the CSVs"""
-    runs: tuple[str, ...] = ()
-    """folders of runs that are not of a claim"""
-    csv: str = "my.csv"
-    """for those; "_ablated", "_probe" and "_readout" are added to the name"""
-    add: bool = False
-    """keep the rows of other runs that the CSVs have"""
+    claims: tyro.conf.Positional[tuple[str, ...]] = ()  # names of claims.py
+    tasks: tuple[str, ...] = ()  # ids of the environments, by default all of the claim
+    out: str = "runs/sweep"  # the folder that sweep.py ran them in
+    episodes: int = 40  # for each change of the ablation, the same for all, and for the readout
+    probe_episodes: int = 2000  # for the probe, half of them to fit it
+    results: str = "benchmark/results"  # folder of the CSVs
+    runs: tuple[str, ...] = ()  # folders of runs that are not of a claim
+    csv: str = "my.csv"  # for those; "_ablated", "_probe" and "_readout" are added to the name
+    add: bool = False  # keep the rows of other runs that the CSVs have
+
+    def __post_init__(self):
+        sweep.check_names("claim", self.claims, CLAIMS)
+        if not self.claims and not self.runs:
+            sys.exit("name claims, or --runs and their --csv")
+        if self.episodes < 1 or self.probe_episodes < 200:
+            sys.exit("--episodes must be at least 1, and --probe-episodes at least 200")
 
 
 def load(folder):
-    """Script, options, actor of a run, and the actor that it began with.
+    """The agent of a run, and the actor that it began with."""
+    _, env, agent = evaluate.load(Path(folder), 1)
+    torch.manual_seed(agent.args.seed)  # as at the start of the run
+    return agent, type(agent)(agent.args, env, agent.device).actor
 
-    ValueError where it is no run of these scripts, or one of imitation.
-    """
-    path = Path(folder, "args.json")
-    if not path.exists():
-        raise ValueError(f"{folder} is no run: it holds no args.json")
-    options = json.loads(path.read_text())
-    script = sweep.script_of(collect.script_of(options, folder))
-    if hasattr(script.Args, "demonstrations"):
-        raise ValueError(f"{folder} is a run of imitation")
-    args, agents = script.Args(**options), []
-    env = script.make_env(args, 1)
-    for _ in range(2):
-        torch.manual_seed(args.seed)  # as at the start of the run
-        agents.append(script.Agent(args, *script.dimensions(env), torch.device("cpu")))
+
+def play(agent, actor, act, episodes, num_envs, deterministic=False):
+    """Episodes in which `act(own_act, obs, z, a_prev, deterministic)` acts for an actor."""
+    args = dataclasses.replace(agent.args, privileged_critic=True)
+    env = sys.modules[type(agent).__module__].make_env(args, num_envs)
+    own_act, seed = actor.act, int(np.random.SeedSequence(args.seed).generate_state(1)[0] >> 1)
+    actor.act = functools.partial(act, own_act)
+    played = envs.evaluate(actor, env, episodes, deterministic, seed)
+    actor.act = own_act
     env.close()
-    script.load_checkpoint(folder, agents[0])
-    return script, args, agents[0].actor, agents[1].actor
+    return played
 
 
-def ablate(script, args, actor, episodes):
+def ablate(agent, episodes):
     """{change: mean noise-free return}."""
-    env, act, returns = script.make_env(args, min(episodes, 8)), actor.act, {}
+    returns = {}
     for name, change in CHANGES.items():
-        actor.act = lambda obs, z, a_prev, deterministic, change=change: act(
-            obs, *change(z, a_prev), deterministic
-        )
-        seed = script.env_seed(args, 0, evaluation=True)
-        played = script.evaluate(actor, env, episodes, True, seed)
+
+        def act(own_act, obs, z, a_prev, deterministic, change=change):
+            return own_act(obs, *change(z, a_prev), deterministic)
+
+        played = play(agent, agent.actor, act, episodes, min(episodes, 8), deterministic=True)
         returns[name] = np.mean([episode["rewards"].sum() for episode in played])
-    actor.act = act
-    env.close()
     return returns
 
 
-@torch.no_grad()
-def probe(script, args, actor, episodes):
+def probe(agent, actor, episodes):
     """Shares [T] of episodes of CueRecall whose cue can be read from z' after t = 0, 1, ... ."""
-    env = script.make_env(args, episodes)
-    seed = script.env_seed(args, 0, evaluation=True)
-    torch.manual_seed(seed)
-    obs, _ = env.reset(seed=seed)
-    positive = torch.as_tensor(obs["policy"][:, 0] > 0)
+    memories, shares = [], []
+
+    def act(own_act, *inputs):
+        action, z = own_act(*inputs)
+        memories.append(z.double())
+        return action, z
+
+    played = play(agent, actor, act, episodes, episodes)
+    positive = torch.tensor([episode["observations"][0, 0] > 0 for episode in played])
     fit = torch.arange(episodes) % 2 == 0
-    z = torch.zeros(episodes, actor.z_dim)
-    a_prev = torch.zeros(episodes, actor.action_dim)
-    shares = []
-    for _ in range(env.get_attr("unwrapped")[0].horizon):
-        a_prev, z = actor.act(torch.as_tensor(obs["policy"]), z, a_prev)
-        obs, *_ = env.step(a_prev.numpy())
-        high, low = z[fit & positive].double(), z[fit & ~positive].double()
-        spread = (torch.cov(high.T) + torch.cov(low.T)).view(actor.z_dim, -1) / 2
-        direction = torch.linalg.solve(
-            spread + 1e-6 * torch.eye(actor.z_dim), high.mean(0) - low.mean(0)
-        )
-        middle = (high.mean(0) + low.mean(0)) / 2
-        read = (z[~fit].double() - middle) @ direction > 0
+    for z in memories[:-1]:  # but for the row that ends the episodes
+        high, low = z[fit & positive], z[fit & ~positive]
+        spread = (torch.cov(high.T) + torch.cov(low.T)).view(z.shape[1], -1) / 2
+        ridge = 1e-6 * torch.eye(z.shape[1])
+        direction = torch.linalg.solve(spread + ridge, high.mean(0) - low.mean(0))
+        read = (z[~fit] - (high.mean(0) + low.mean(0)) / 2) @ direction > 0
         shares.append((read == positive[~fit]).double().mean().item())
-    env.close()
     return shares
 
 
-@torch.no_grad()
-def readout(script, args, actor, fresh, episodes):
-    """{what is read: R^2 in percent} of what is hidden; empty if nothing is. 1000 steps at most."""
-    env = script.make_env(dataclasses.replace(args, privileged_critic=True), episodes)
-    seed = script.env_seed(args, 0, evaluation=True)
-    torch.manual_seed(seed)
-    obs, _ = env.reset(seed=seed)
-    z = calm = untrained = torch.zeros(episodes, actor.z_dim)
-    a_prev = torch.zeros(episodes, actor.action_dim)
-    playing, rows = torch.ones(episodes, dtype=torch.bool), []
-    for _ in range(1000):
-        o, state = (torch.as_tensor(obs[key]) for key in ("policy", "critic"))
+def readout(agent, fresh, episodes):
+    """{what is read: R^2 in percent} of what is hidden; empty if nothing is."""
+    steps, calm, untrained = [], None, None
+
+    def act(own_act, obs, z, a_prev, deterministic):
+        nonlocal calm, untrained
+        if not steps:
+            calm = untrained = z
         # the policy reads the memory before the noise of the step is added
         read, calm, untrained = (
-            network.act(o, memory, a_prev, deterministic=True)[1]
-            for network, memory in ((actor, z), (actor, calm), (fresh, untrained))
+            network(obs, memory, a_prev, deterministic=True)[1]
+            for network, memory in ((own_act, z), (own_act, calm), (fresh.act, untrained))
         )
-        columns = torch.arange(episodes), state, torch.cat([o, a_prev], -1), read, calm, untrained
-        rows.append([column[playing].double() for column in columns])
-        a_prev, z = actor.act(o, z, a_prev)
-        obs, _, terminated, truncated, _ = env.step(a_prev.numpy())
-        playing &= ~torch.as_tensor(terminated | truncated)
-        if not playing.any():
-            break
-    env.close()
-    episode, state, seen, *memories = map(torch.cat, zip(*rows))
-    fit = episode % 2 == 0
+        steps.append([torch.cat([obs, a_prev], -1), read, calm, untrained])
+        return own_act(obs, z, a_prev, deterministic)
+
+    played = play(agent, agent.actor, act, episodes, episodes)
+    lengths = [
+        len(episode["rewards"]) for episode in played
+    ]  # each is the first of its environment
+    seen, *memories = (
+        torch.cat([torch.stack(column)[:n, i].double() for i, n in enumerate(lengths)])
+        for column in zip(*steps)
+    )
+    state = torch.cat([torch.tensor(e["critic_observations"][:-1]).double() for e in played])
+    fit = torch.arange(episodes).repeat_interleave(torch.tensor(lengths)) % 2 == 0
     hidden = [s for s in state.T if s[~fit].std() > 0 and not any(s.equal(o) for o in seen.T)]
     if not hidden:
         return {}
@@ -165,57 +154,50 @@ def readout(script, args, actor, fresh, episodes):
         ridge = 1e-9 * fit.sum() * torch.eye(x.shape[1])
         weight = torch.linalg.solve(x[fit].T @ x[fit] + ridge, x[fit].T @ hidden[fit])
         error = hidden[~fit] - x[~fit] @ weight
-        shares[name] = 100 * (1 - error.square().mean(0) / hidden[~fit].var(0, correction=0))
-    return {name: share.mean().item() for name, share in shares.items()}
+        share = 1 - error.square().mean(0) / hidden[~fit].var(0, correction=0)
+        shares[name] = 100 * share.mean().item()
+    return shares
 
 
 def write(path, header, rows, add=False):
-    """A CSV of rows that begin with environment, label and seed; whole or not at all."""
+    """A CSV of rows that begin with environment, label and seed."""
     if add and path.exists():
         here = {tuple(row[:3]) for row in rows}
         with open(path, newline="") as file:
             before, *found = list(csv.reader(file)) or [[]]
         if before != header:
-            raise ValueError(f"{path} has other columns than {', '.join(header)}")
+            sys.exit(f"{path} has other columns than {', '.join(header)}")
         found = [[int(cell) if cell.isdigit() else cell for cell in row] for row in found]
         rows = rows + [row for row in found if tuple(row[:3]) not in here]
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(sorted(rows))
-    temporary.replace(path)
-    print(f"{path}: {len(rows)} rows")
+    collect.write_csv(path, header, sorted(rows))
 
 
 def study(runs, path, args):
-    """Write the CSVs of (label, folder) pairs; policies without a memory are left out.
-
-    ValueError if there is no other.
-    """
+    """Write the CSVs of (label, folder) pairs; policies without a memory are left out."""
     ablated, probed, read = [], [], []
     for label, folder in runs:
         try:
-            script, options, actor, fresh = load(folder)
-        except ValueError as error:
+            agent, fresh = load(folder)
+        except SystemExit as error:
             print(f"left out: {error}")
             continue
-        if actor.z_dim == 0:
+        if agent.z_dim == 0:
             continue
+        options = agent.args
         run = [options.env_id, label or options.exp_name, options.seed]
-        returns = ablate(script, options, actor, args.episodes)
+        returns = ablate(agent, args.episodes)
         ablated.append([*run, args.episodes, *(f"{value:.2f}" for value in returns.values())])
         print(*run, *(f"{name}: {value:.2f}" for name, value in returns.items()), sep=", ")
-        if options.env_id.startswith("CueRecall"):
-            for trained, own in enumerate((fresh, actor)):
-                shares = probe(script, options, own, args.probe_episodes)
-                probed += [[*run, trained, t, f"{share:.3f}"] for t, share in enumerate(shares)]
-        shares = readout(script, options, actor, fresh, args.episodes)
+        shares = readout(agent, fresh, args.episodes)
         if shares:
             read.append([*run, args.episodes, *(f"{share:.1f}" for share in shares.values())])
             print(*run, *(f"{name}: {share:.1f} %" for name, share in shares.items()), sep=", ")
+        if options.env_id.startswith("CueRecall"):
+            for trained, actor in enumerate((fresh, agent.actor)):
+                shares = probe(agent, actor, args.probe_episodes)
+                probed += [[*run, trained, t, f"{share:.3f}"] for t, share in enumerate(shares)]
     if not ablated:
-        raise ValueError("none of these is a run of a policy with a memory")
+        sys.exit("none of these is a run of a policy with a memory")
     run = ["env_id", "label", "seed"]
     for name, header, rows in (
         ("ablated", [*run, "episodes", *CHANGES], ablated),
@@ -227,27 +209,15 @@ def study(runs, path, args):
 
 
 def main(args: Args):
-    unknown = set(args.claims) - set(CLAIMS)
-    if unknown:
-        sys.exit(f"memory.py: no claim {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
-    if not args.claims and not args.runs:
-        sys.exit("memory.py: name claims, or --runs and their --csv")
-    for name, low in (("episodes", 1), ("probe_episodes", 200)):
-        if vars(args)[name] < low:
-            option = name.replace("_", "-")
-            sys.exit(f"memory.py: --{option} is {vars(args)[name]}; it must be at least {low}")
     torch.set_num_threads(1)
-    try:
-        for name in args.claims:
-            runs = sweep.runs_of(CLAIMS[name], args.out, tasks=args.tasks)
-            done = [(run.label, sweep.run_dir(run)) for run in runs if sweep.is_done(run)]
-            if not done:
-                raise ValueError(f"no run of {name} is finished in {args.out}")
-            study(done, Path(args.results, f"{name}.csv"), args)
-        if args.runs:
-            study([("", folder) for folder in args.runs], Path(args.csv), args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"memory.py: {error}")
+    for name in args.claims:
+        runs = sweep.runs_of(CLAIMS[name], args.out, tasks=args.tasks)
+        done = [(run.label, sweep.run_dir(run)) for run in runs if sweep.is_done(run)]
+        if not done:
+            sys.exit(f"no run of {name} is finished in {args.out}")
+        study(done, Path(args.results, f"{name}.csv"), args)
+    if args.runs:
+        study([("", folder) for folder in args.runs], Path(args.csv), args)
 
 
 if __name__ == "__main__":

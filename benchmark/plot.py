@@ -151,7 +151,7 @@ def title_of(env_id, claim):
     """The environment, and what the claim asks of it."""
     (task,) = [task for task in claim.tasks if f"--env-id {env_id} " in f"{task} "] or [""]
     title = env_id
-    for option, words in (("--wind", "wind"), ("--random-bodies", "random bodies")):
+    for option, words in (("wind True", "wind"), ("random_bodies True", "random bodies")):
         title += f", {words}" * (option in task)
     return title
 

@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Literal, NamedTuple
+from unittest import mock
 
 import torch
 import tyro
@@ -37,28 +39,28 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmark.claims import CLAIMS, HORIZONS
 
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
 
 @dataclasses.dataclass
 class Args:
-    claims: tyro.conf.Positional[tuple[str, ...]] = ()
-    """names of claims.py"""
-    seeds: tuple[int, ...] = ()
-    """by default those of the claim"""
-    tasks: tuple[str, ...] = ()
-    """ids of the environments, by default all of the claim"""
-    methods: tuple[str, ...] = ()
-    """labels of the methods, by default all of the claim"""
-    out: str = "runs/sweep"
-    """folder of all runs"""
-    cuda: bool = False
-    """use a CUDA card where there is one; these are runs of their own"""
-    processes: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    """runs at a time, on this machine or of the array job"""
-    cluster: Literal["none", "local", "slurm"] = "none"
-    """submit through submitit"""
+    claims: tyro.conf.Positional[tuple[str, ...]] = ()  # names of claims.py
+    seeds: tuple[int, ...] = ()  # by default those of the claim
+    tasks: tuple[str, ...] = ()  # ids of the environments, by default all of the claim
+    methods: tuple[str, ...] = ()  # labels of the methods, by default all of the claim
+    out: str = "runs/sweep"  # the folder of all runs
+    cuda: bool = False  # use a CUDA card where there is one; these are runs of their own
+    processes: int = CPUS  # runs at a time, here or of the array job
+    cluster: Literal["none", "local", "slurm"] = "none"  # submit through submitit
+    # parameters of submitit: `slurm_partition cpu timeout_min 600 mem_gb 4`; by default a day
     slurm: dict[str, str] = dataclasses.field(default_factory=dict)
-    """parameters of submitit, as `--slurm slurm_partition cpu timeout_min 600 mem_gb 4`; by default
-    a run has a day"""
+
+    def __post_init__(self):
+        check_names("claim", self.claims, CLAIMS)
+        if self.processes < 1:
+            sys.exit("--processes must be at least 1")
+        if self.cluster == "slurm" and shutil.which("srun") is None:
+            sys.exit("--cluster slurm needs SLURM, and there is no srun here")
 
 
 class Run(NamedTuple):
@@ -68,62 +70,54 @@ class Run(NamedTuple):
     folder: Path
 
 
+def check_names(kind, names, known):
+    for name in set(names) - set(known):
+        sys.exit(f"no {kind} {name!r}; there are {', '.join(map(repr, known))}")
+
+
 def script_of(name):
     """The module of a script's file name."""
     return importlib.import_module(Path(name).stem)
 
 
 def runs_of(claim, out, seeds=(), tasks=(), methods=(), cuda=False):
-    """The runs of a claim. ValueError for a method or a task that it does not have."""
+    """The runs of a claim."""
     task_ids = {task: task.split("--env-id ")[1].split()[0] for task in claim.tasks}
-    for kind, wanted, known in [
-        ("method", methods, claim.methods), ("task", tasks, task_ids.values())
-    ]:  # fmt: skip
-        for name in set(wanted) - set(known):
-            raise ValueError(f"no {kind} {name!r}; there are {', '.join(map(repr, known))}")
+    check_names("task", tasks, task_ids.values())
+    check_names("method", methods, claim.methods)
     runs = []
-    for label, method in claim.methods.items():
-        script, *own_options = method.split()
-        for task, env_id in task_ids.items():
-            horizon = str(HORIZONS.get(env_id))
-            options = [*task.split(), *(o.replace("HORIZON", horizon) for o in own_options)]
-            if not cuda:
-                options.append("--no-cuda")
-            key = hashlib.sha1(" ".join([script, *options]).encode()).hexdigest()[:8]
-            if "save_buffer" in vars(script_of(script).Args()):
-                options.append("--save-buffer")
-            for seed in seeds or range(1, claim.seeds + 1):
-                name = f"{env_id.replace(':', '_')}__{Path(script).stem}__{key}__{seed}"
-                if (not methods or label in methods) and (not tasks or env_id in tasks):
-                    folder = Path(out, name).absolute()
-                    runs.append(Run(label, script, (*options, "--seed", str(seed)), folder))
+    for label, (task, env_id) in itertools.product(methods or claim.methods, task_ids.items()):
+        if tasks and env_id not in tasks:
+            continue
+        command = claim.methods[label].replace("HORIZON", str(HORIZONS.get(env_id)))
+        script, *own_options = command.split()
+        options = [*task.split(), *own_options, *([] if cuda else ["--no-cuda"])]
+        key = hashlib.sha1(" ".join([script, *options]).encode()).hexdigest()[:8]
+        if hasattr(script_of(script).Args, "save_buffer"):
+            options.append("--save-buffer")
+        for seed in seeds or range(1, claim.seeds + 1):
+            name = f"{env_id.replace(':', '_')}__{Path(script).stem}__{key}__{seed}"
+            folder = Path(out, name).absolute()
+            runs.append(Run(label, script, (*options, "--seed", str(seed)), folder))
     return runs
 
 
 def final_args(run):
-    """The options of a run as its script understands them; tyro's error and exit if it does not.
-
-    ValueError for one that is out of range.
-    """
-    script = script_of(run.script)
-    task = tyro.cli(script.Args, args=run.options).env_id.split("-")[0]
-    default = script.Args(**script.TUNED.get(task, {}))
-    args = tyro.cli(script.Args, args=run.options, default=default)
-    script.check_args(args)
-    return args
+    """The options of a run as its script understands them, which exits if it does not."""
+    with mock.patch.object(sys, "argv", [run.script, *run.options]):
+        return script_of(run.script).parse_args()
 
 
 def check_unchanged(run):
-    """ValueError if a default or `TUNED` has changed since the run was begun: it is another now."""
-    path = run_dir(run)
-    if path is not None:
-        before, now = json.loads((path / "args.json").read_text()), vars(final_args(run))
-        for name in sorted((before.keys() & now.keys()) - {"resume"}):
-            if before[name] != now[name]:
-                raise ValueError(
-                    f"{run.folder} was run with {name} {before[name]}, which is {now[name]} now; "
-                    "move that folder away"
-                )
+    """Exit if a default or `TUNED` has changed since the run was begun: it is another now."""
+    now, path = vars(final_args(run)), run_dir(run)
+    before = json.loads((path / "args.json").read_text()) if path else {}
+    for name in sorted((before.keys() & now.keys()) - {"resume"}):
+        if before[name] != now[name]:
+            sys.exit(
+                f"{run.folder} was run with {name} {before[name]}, which is {now[name]} now; "
+                "move that folder away"
+            )
 
 
 def run_dir(run):
@@ -189,12 +183,12 @@ def merged(before, now):
 def machine(cuda):
     """Versions, commit and hardware, for the CSV."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco")}
-    command, commit = ["git", "describe", "--always", "--dirty"], ""
+    commit = ""
     if shutil.which("git"):
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        commit = result.stdout.strip()
-    cuda = cuda and torch.cuda.is_available()
-    hardware = torch.cuda.get_device_name() if cuda else cpu_name()
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    on_card = cuda and torch.cuda.is_available()
+    hardware = torch.cuda.get_device_name() if on_card else cpu_name()
     return dict(versions=versions, commit=commit, hardware=hardware)
 
 
@@ -219,8 +213,8 @@ def execute_here(runs, processes):
     def stop(signum, frame):
         sys.exit(128 + signum)
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
     failed = 0
     with concurrent.futures.ThreadPoolExecutor(processes) as pool:
         try:
@@ -291,39 +285,23 @@ def submit(runs, args):
 
 
 def main(args: Args):
-    unknown = set(args.claims) - set(CLAIMS)
-    if unknown:
-        sys.exit(f"sweep.py: no claim {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
-    if args.processes < 1:
-        sys.exit(f"sweep.py: --processes is {args.processes}; it must be at least 1")
-    selection = args.seeds, args.tasks, args.methods, args.cuda
     if not args.claims:
         for name, claim in CLAIMS.items():
             runs = runs_of(claim, args.out, cuda=args.cuda)
             done = sum(map(is_done, runs))
             print(f"{name:20s} {done:3d} of {len(runs):3d} runs done   {claim.question}")
         return
-    try:
-        chosen = [
-            run for name in args.claims for run in runs_of(CLAIMS[name], args.out, *selection)
-        ]
-    except ValueError as error:
-        sys.exit(f"sweep.py: {error}")
-    runs = list({run.folder: run for run in chosen}.values())
-    try:
-        for run in runs:
-            final_args(run)  # a misspelt option is an error now, not in the night
-            check_unchanged(run)
-    except ValueError as error:
-        sys.exit(f"sweep.py: {error}")
-    if args.cluster == "slurm" and shutil.which("srun") is None:
-        sys.exit("sweep.py: --cluster slurm needs SLURM, and there is no srun here")
+    selection = args.seeds, args.tasks, args.methods, args.cuda
+    chosen = [run for name in args.claims for run in runs_of(CLAIMS[name], args.out, *selection)]
+    runs = {run.folder: run for run in chosen}.values()  # claims share some
+    for run in runs:
+        check_unchanged(run)  # a misspelt option is an error now, not in the night
     runs = [run for run in runs if not is_done(run)]
     print(f"{len(chosen)} runs asked for, {len(runs)} to be done")
     if runs:
         here = args.cluster == "none"
         failed = execute_here(runs, args.processes) if here else submit(runs, args)
-        sys.exit(f"sweep.py: {failed} of {len(runs)} runs did not finish" if failed else 0)
+        sys.exit(f"{failed} of {len(runs)} runs did not finish" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,34 @@
-"""Speed of all methods, on random data of a task's sizes: one table for each algorithm.
+"""Speed of all methods on a task with hidden velocities: one table for each algorithm.
 
     python benchmark/update_time.py --env-id Hopper-v4
     python benchmark/update_time.py --env-id Humanoid-v4 --device cuda --cudagraphs --compile
+    python benchmark/update_time.py --algorithms sac --methods S2PG --baseline FOLDER
 
 SAC and TD3: milliseconds per gradient step of everything (sampling, critic, actor, temperatures,
-targets, refresh), for S2PG, the same without a memory, and BPTT, all with the same number of
-transitions in a batch. The floor is the time of the matrix products of one S2PG step alone,
+targets, refresh), for S2PG, the same without an internal state, and BPTT, all with the same number
+of transitions in a batch. The floor is the time of the matrix products of one S2PG step alone,
 forward and backward, replayed on the same operands. PPO: milliseconds per epoch over a rollout, a
-tenth of an update of ten; and environment steps per second while collecting one, the simulator
-included. Runs: milliseconds of each part of a training step of S2PG-SAC, and of the whole, with one
-update per environment step, for 1 and for 16 environments.
+tenth of an update of ten. Runs of SAC and PPO: milliseconds of an environment step of a whole run,
+the simulator included, and of one without updates, for 1, 4 and 16 environments.
 
-The methods take turns, round after round, so that a busy machine slows all of them alike; a table
-gives medians over the rounds, and ratios taken within a round.
+What is timed is what `train` of a script does: the update is caught in a run, with its arguments,
+and repeated. The methods take turns, round after round, so that a busy machine slows all of them
+alike; a table gives medians over the rounds, and ratios taken within a round. `--baseline` is a
+checkout of another commit, whose methods take turns with these.
 """
 
+import contextlib
 import dataclasses
 import functools
+import importlib
+import io
 import itertools
-import platform
+import os
+import signal
 import sys
+import tempfile
 import time
-import types
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -30,384 +37,326 @@ import torch
 import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import bptt_ppo
-import bptt_sac
-import s2pg_ppo
-import s2pg_sac
-import s2pg_td3
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmark.sweep import cpu_name
+
+METHODS = {  # {algorithm: {method: options, and the script}}
+    "sac": {
+        "memoryless": dict(name="s2pg_sac", memoryless=True),
+        "S2PG": dict(name="s2pg_sac"),
+    }
+    | {
+        f"BPTT, L = {n}, {rows}": dict(name="bptt_sac", sequence_length=n, loss_on=rows)
+        for rows, n in (("last", 5), ("last", 32), ("last", 64), ("all", 32), ("all", 64))
+    },
+    "td3": {
+        "memoryless": dict(name="s2pg_td3", memoryless=True),
+        "S2PG": dict(name="s2pg_td3"),
+    },
+    "ppo": {
+        "memoryless": dict(name="s2pg_ppo", memoryless=True),
+        "S2PG": dict(name="s2pg_ppo"),
+    }
+    | {f"BPTT, L = {n}": dict(name="bptt_ppo", sequence_length=n) for n in (16, 32, 64, 256)},
+}
+IN_RUNS = "memoryless", "S2PG", "BPTT, L = 32", "BPTT, L = 32, all"  # methods of whole runs
+SCRIPTS = "s2pg_sac", "bptt_sac", "s2pg_td3", "s2pg_ppo", "bptt_ppo"
 
 
 @dataclasses.dataclass
 class Args:
-    env_id: str = "Hopper-v4"
-    """environment that gives the sizes, with hidden velocities"""
-    device: str = "cpu"
-    """torch device"""
-    batch_size: int = 256
-    """transitions in an update"""
+    env_id: str = "Hopper-v4"  # a MuJoCo task
+    device: Literal["cpu", "cuda"] = "cpu"  # where the networks are
+    batch_size: int = 256  # transitions in an update of SAC and TD3
     algorithms: tuple[Literal["sac", "td3", "ppo", "runs"], ...] = ("sac", "td3", "ppo", "runs")
-    """tables to print"""
-    compile: bool = False
-    """as in the scripts, for CUDA"""
-    cudagraphs: bool = False
-    """as in the scripts, for CUDA"""
-    rounds: int = 15
-    """times that each method takes its turn; a third of it for PPO, whose turns are longer"""
-    updates: int = 10
-    """updates in a turn of SAC and TD3"""
-    num_threads: int = 1
-    """CPU threads of torch"""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of float32 matrix products"""
+    methods: tuple[str, ...] = ()  # names as in the tables; by default all
+    baseline: Path | None = None  # checkout of another commit, to be measured beside this one
+    compile: bool = False  # as in the scripts, on CUDA
+    cudagraphs: bool = False  # as in the scripts, on CUDA
+    rounds: int = 15  # turns of each method; a third of it for PPO and runs, whose turns are longer
+    updates: int = 10  # updates in a turn of SAC and TD3
+    num_threads: int = 1  # CPU threads of torch
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
+
+    def __post_init__(self):
+        if self.device == "cpu" and (self.compile or self.cudagraphs):
+            sys.exit("--compile and --cudagraphs are for --device cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            sys.exit("there is no CUDA card")
+        for name in set(self.methods) - set().union(*METHODS.values()):
+            sys.exit(f"no method {name!r}; there are {', '.join(set().union(*METHODS.values()))}")
+        if self.baseline and not Path(self.baseline, "s2pg_sac.py").exists():
+            sys.exit(f"{self.baseline} is no checkout: it holds no s2pg_sac.py")
+        if min(self.rounds, self.updates, self.batch_size) < 1:
+            sys.exit("--rounds, --updates and --batch-size must be at least 1")
+
+
+class Caught(Exception):
+    """Ends a run at its first update: the agent, its update, and the arguments of that."""
 
 
 class RecordMatmuls(TorchDispatchMode):
-    """Collects the matrix products that run under it, as (function, operands)."""
+    """Collects the matrix products that run under it, as (function, operands), and their FLOP."""
 
     names = ("mm", "addmm", "bmm", "baddbmm")
 
     def __init__(self):
         super().__init__()
-        self.calls = []
+        self.calls, self.work = [], 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket.__name__ in self.names:
-            self.calls.append((function, [a.clone() if torch.is_tensor(a) else a for a in args]))
+            operands = [a.clone() if torch.is_tensor(a) else a for a in args]
+            self.calls.append((function, operands))
+            left, right = [a for a in operands if torch.is_tensor(a)][-2:]
+            self.work += 2 * left.numel() * right.shape[-1]
         return function(*args, **(kwargs or {}))
 
 
-def gigaflops(calls):
-    """Multiplications and additions of the recorded products, in 1e9."""
-    total = 0
-    for _, args in calls:
-        left, right = [a for a in args if torch.is_tensor(a)][-2:]
-        total += 2 * left.numel() * right.shape[-1]
-    return total / 1e9
+def scripts_of(folder):
+    """{name: module} of the scripts of a checkout, and of the `envs` that go with them."""
+
+    def ours():
+        return {k: v for k, v in sys.modules.items() if k.split(".")[0] in ("envs", *SCRIPTS)}
+
+    for name in ours():
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tasks of `envs` are registered again
+        for name in ("envs", *SCRIPTS):
+            importlib.import_module(name)
+    sys.path.pop(0)
+    return ours()
 
 
-def fill(buffer, rows, action_dim, episode_length=200):
-    """Random rows, with episodes of 200 steps."""
-    n = buffer.num_envs
-    dims = buffer.obs.shape[1], buffer.critic_obs.shape[1]
-    for step in range(rows):
-        buffer.add(
-            *(torch.randn(n, dim, device=buffer.device) for dim in dims),
-            torch.tanh(torch.randn(n, buffer.z.shape[1], device=buffer.device)),
-            torch.tanh(torch.randn(n, action_dim, device=buffer.device)),
-            np.random.default_rng(step).normal(size=n),
-            np.zeros(n, dtype=bool),
-            np.full(n, step % (episode_length + 1) == 0),
-        )
-    return buffer
+def run(modules, name, update, **options):
+    """A run of a script in which `update(agent, own_update, *args)` stands for its update.
+
+    Returns the steps at which the run logged its speed, and the times in seconds.
+    """
+    sys.modules.update(modules)  # a script imports `envs` when it needs it
+    script, log = modules[name], []
+
+    class Agent(script.Agent):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.update = functools.partial(update, self, self.update)
+
+    class Writer(script.SummaryWriter):
+        def add_scalar(self, tag, value, step):
+            super().add_scalar(tag, value, step)
+            if tag == "charts/SPS":
+                log.append((step, time.perf_counter()))
+
+    own = {part: getattr(script, part) for part in ("Agent", "SummaryWriter", "tqdm")}
+    script.Agent, script.SummaryWriter = Agent, Writer
+    script.tqdm = functools.partial(script.tqdm, disable=True)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            script.train(script.Args(eval_frequency=0, **options))
+    finally:
+        vars(script).update(own)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # `train` has its own
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return log
 
 
-def buffer_bytes(agent, size):
-    """Bytes of the tensors of a replay buffer, each storage once."""
-    agent.args.buffer_size, before = size, agent.args.buffer_size
-    tensors = [v for v in vars(agent.make_buffer()).values() if torch.is_tensor(v)]
-    agent.args.buffer_size = before
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+def catch(modules, name, **options):
+    """The agent, its buffer or rollout, and the first update of a run, to be repeated."""
+
+    def stop(agent, own_update, *args):
+        raise Caught(agent, own_update, *args)
+
+    try:
+        run(modules, name, stop, **options)
+    except Caught as caught:
+        agent, own_update, *args = caught.args
+    kept = dict(vars(args[0]))
+
+    def step():
+        vars(args[0]).update(kept)  # an update of PPO takes the rows for used
+        own_update(*args)
+
+    return agent, args[0], step
 
 
-def pieces(agent, buffer):
+def run_time(modules, name, first, steps, updates=True, **options):
+    """Milliseconds of an environment step, over about `steps` of them after step `first`."""
+
+    def update(agent, own_update, *args):
+        return own_update(*args) if updates else {}
+
+    log = run(modules, name, update, total_timesteps=first + steps, **options)
+    (begin_step, begin), *_, (end_step, end) = [point for point in log if point[0] >= first]
+    return 1e3 * (end - begin) / (end_step - begin_step)
+
+
+def pieces(agent, buffer, descend):
     """The parts of one S2PG-SAC update, each to be timed on its own."""
-    alpha, alpha_z = agent.log_alpha.detach().exp(), agent.log_alpha_z.detach().exp()
-    batch = buffer.sample(agent.args.batch_size, agent.critic_sees_z)
+    batch, alpha = buffer.sample(agent.args.batch_size), agent.log_alpha.detach().exp()
+    networks, gamma = (agent.actor, agent.critic), agent.args.gamma
 
     def critic():
-        loss, _ = agent.critic_loss(
-            agent.actor, agent.critic, agent.target_critic, batch, alpha, agent.args.gamma
-        )
-        s2pg_sac.descend(agent.critic_optimizer, loss)
+        loss, _ = agent.critic_loss(*networks, agent.target_critic, batch, alpha, gamma)
+        descend(agent.critic_optimizer, loss)
 
-    def actor_and_temperatures():
-        loss, _, entropy, entropy_z = agent.actor_loss(
-            agent.actor, agent.critic, batch, alpha, alpha_z
-        )
-        loss = loss + s2pg_sac.temperature_loss(agent.log_alpha, entropy, -agent.action_dim)
-        loss = loss + s2pg_sac.temperature_loss(agent.log_alpha_z, entropy_z, -agent.z_dim)
-        s2pg_sac.descend(agent.actor_optimizer, loss)
-
-    @torch.no_grad()
-    def targets():
-        torch._foreach_lerp_(
-            list(agent.target_critic.parameters()), list(agent.critic.parameters()), 0.005
-        )
+    def actor():
+        descend(agent.actor_optimizer, agent.actor_loss(*networks, batch, alpha, alpha)[0])
 
     return {
-        "sampling": lambda: buffer.sample(agent.args.batch_size, agent.critic_sees_z),
-        "critic": critic,
-        "actor and temperatures": actor_and_temperatures,
-        "targets": targets,
-        "refresh": lambda: buffer.refresh(batch, batch.next_z),
+        "S2PG, sampling": lambda: buffer.sample(agent.args.batch_size),
+        "S2PG, critic": critic,
+        "S2PG, actor": actor,
+        "S2PG, refresh": lambda: buffer.refresh(batch, batch.next_z),
     }
 
 
-def fill_rollout(agent, rollout, sizes, episode_length=1000):
-    """Rows of random observations, with what the agent does there and episodes of 1000 steps."""
-    n, (obs_dim, critic_dim, action_dim) = rollout.first.shape[1], sizes
-    inputs = obs_dim, critic_dim, agent.z_dim, action_dim
-    obs, critic_obs, z, a_prev = (torch.zeros(n, dim, device=agent.device) for dim in inputs)
-    for step in range(len(rollout.first)):
-        obs.normal_()
-        critic_obs.normal_()
-        action, z_next, log_prob, value = agent.act(obs, critic_obs, z, a_prev)
-        rollout.add(
-            obs=obs, critic_obs=critic_obs, z=z, a_prev=a_prev, action=action, log_prob=log_prob,
-            value=value, reward=torch.randn(n), terminated=torch.zeros(n, dtype=torch.bool),
-            first=torch.full((n,), step % (episode_length + 1) == 0),
-        )  # fmt: skip
-        z.copy_(z_next)
-        torch.clamp(action, -1, 1, out=a_prev)
-
-
-def off_policy(script, bptt, sizes, args):
-    """{method: a gradient step} of S2PG, memoryless and BPTT; the agent and buffer of S2PG."""
-    variants = {"memoryless": (script, dict(memoryless=True)), "S2PG": (script, {})}
-    if bptt is not None:
-        for length, loss_on in [(5, "last"), (32, "last"), (64, "last"), (32, "all"), (64, "all")]:
-            variant = dict(sequence_length=length, loss_on=loss_on)
-            variants[f"BPTT, L = {length}, {loss_on}"] = bptt, variant
-    steps = {}
-    for name, (module, variant) in variants.items():
-        variant |= dict(compile=args.compile, cudagraphs=args.cudagraphs)
-        options = module.Args(batch_size=args.batch_size, buffer_size=20_000, **variant)
-        agent = module.Agent(options, *sizes, True, torch.device(args.device))
-        buffer = fill(agent.make_buffer(), 10_000, sizes[-1])
-        steps[name] = functools.partial(agent.update, buffer)
-        if name == "S2PG":
-            s2pg = agent, buffer
-    return steps, *s2pg
-
-
-def matrix_products(agent, buffer, updates=2):
-    """The matrix products of as many updates, each to be replayed in turn, and their GFLOP."""
-    calls = []
-    for _ in range(updates):  # TD3's updates differ: each second one moves the actor, too
-        with RecordMatmuls() as record:
-            agent.update(buffer)
-        calls.append(record.calls)
-    turns = itertools.cycle(calls)
+def matrix_products(step):
+    """The matrix products of two updates, each to be replayed in turn, and GFLOP of one."""
+    # TD3's updates differ: each second one moves the actor, too
+    recorded = [RecordMatmuls(), RecordMatmuls()]
+    for record in recorded:
+        with record:
+            step()
+    turns = itertools.cycle(recorded)
 
     def replay():
-        for function, operands in next(turns):
+        for function, operands in next(turns).calls:
             function(*operands)
 
-    return replay, sum(map(gigaflops, calls)) / updates
+    return replay, sum(record.work for record in recorded) / 2e9
 
 
-def on_policy(sizes, args):
-    """{method: ten epochs over a rollout} of S2PG, memoryless and BPTT."""
-    variants = {"memoryless": (s2pg_ppo, dict(memoryless=True)), "S2PG": (s2pg_ppo, {})}
-    for length in (16, 32, 64, 256):
-        variants[f"BPTT, L = {length}"] = bptt_ppo, dict(sequence_length=length)
-    steps = {}
-    for name, (module, variant) in variants.items():
-        options = module.Args(compile=args.compile, cudagraphs=args.cudagraphs, **variant)
-        agent = module.Agent(options, *sizes, True, torch.device(args.device))
-        rollout = agent.make_rollout()
-        fill_rollout(agent, rollout, sizes)
+def timed(step, repeats, device):
+    """A function that returns milliseconds of one step."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
 
-        def step(agent=agent, rollout=rollout):
-            rollout.length = len(rollout.first)  # an update takes the rows for used
-            agent.update(rollout)
+    def measure():
+        synchronize()
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        synchronize()
+        return 1e3 * (time.perf_counter() - begin) / repeats
 
-        steps[name] = step
-    return steps
+    return measure
 
 
-def rollouts(args, num_envs, rows=512):
-    """{method: collect 512 rows} in `num_envs` environments."""
-    variants = {"memoryless": (s2pg_ppo, dict(memoryless=True)), "S2PG": (s2pg_ppo, {})}
-    variants["BPTT"] = bptt_ppo, {}
-    steps = {}
-    for name, (module, variant) in variants.items():
-        options = module.Args(
-            env_id=args.env_id, hide="velocities", privileged_critic=True, num_envs=num_envs,
-            num_steps=rows // num_envs, cudagraphs=args.cudagraphs, **variant,
-        )  # fmt: skip
-        env = module.make_env(options, num_envs)
-        agent = module.Agent(options, *module.dimensions(env), torch.device(args.device))
-        inputs = Inputs(env, agent)
-        steps[name] = functools.partial(collect, agent, env, agent.make_rollout(), inputs)
-    return steps
+def take_turns(measures, rounds):
+    """{method: milliseconds [rounds]}; a first round warms up."""
+    rows = [[measure() for measure in measures.values()] for _ in range(rounds + 1)]
+    return dict(zip(measures, np.array(rows[1:]).T))
 
 
-class Inputs:
-    """What an agent acts on, written in place as `train` does."""
-
-    def __init__(self, env, agent):
-        self.device, sizes = agent.device, list(s2pg_sac.dimensions(env)[:2])
-
-        def zeros(dim):
-            return torch.zeros(env.num_envs, dim, device=agent.device)
-
-        self.both_obs = zeros(sum(sizes))
-        self.policy_obs, self.critic_obs = self.both_obs.split(sizes, -1)
-        self.z, self.a_prev = zeros(agent.z_dim), zeros(agent.action_dim)
-
-    def see(self, obs):
-        both = np.concatenate([obs["policy"], obs["critic"]], -1)
-        self.both_obs.copy_(s2pg_sac.to_device(both, self.device))
-
-    def remember(self, z, action, final):
-        """Nothing, where the row was a `final` one."""
-        keep = s2pg_sac.to_device(~final, self.device).unsqueeze(-1)
-        torch.mul(z, keep, out=self.z)
-        torch.mul(action, keep, out=self.a_prev)
-
-
-def collect(agent, env, rollout, inputs):
-    """Fill a rollout, as `train` does."""
-    n = env.num_envs
-    inputs.see(env.reset()[0])
-    inputs.remember(inputs.z, inputs.a_prev, np.ones(n, dtype=bool))
-    first, final = np.ones(n, dtype=bool), np.zeros(n, dtype=bool)
-    for _ in range(len(rollout.first) - 1):
-        seen = inputs.policy_obs, inputs.critic_obs, inputs.z, inputs.a_prev
-        action, z_next, log_prob, value = agent.act(*seen)
-        clipped = action.clamp(-1, 1)
-        next_obs, reward, terminated, truncated, _ = env.step(clipped.cpu().numpy())
-        rollout.add(
-            **dict(zip(("obs", "critic_obs", "z", "a_prev"), seen)), action=action,
-            log_prob=log_prob, value=value, reward=reward, terminated=terminated, first=first,
-        )  # fmt: skip
-        inputs.remember(z_next, clipped, final)
-        inputs.see(next_obs)
-        first, final = final, terminated | truncated
-    rollout.clear()
-
-
-def training_steps(args, num_envs):
-    """{part: do it once} of S2PG-SAC's training with `num_envs` environments, and of the whole.
-
-    To store a row is to show the agent the next observation and memory as well.
-    """
-    options = s2pg_sac.Args(
-        env_id=args.env_id, hide="velocities", num_envs=num_envs, batch_size=args.batch_size,
-        buffer_size=20_000, compile=args.compile, cudagraphs=args.cudagraphs,
-    )  # fmt: skip
-    env, device = s2pg_sac.make_env(options, num_envs), torch.device(args.device)
-    agent = s2pg_sac.Agent(options, *s2pg_sac.dimensions(env), device)
-    buffer = fill(agent.make_buffer(), 10_000 // num_envs, agent.action_dim)
-    inputs, now = Inputs(env, agent), types.SimpleNamespace()
-    inputs.see(env.reset()[0])
-
-    def act():
-        now.action, now.z = agent.act(inputs.policy_obs, inputs.z, inputs.a_prev)
-        now.a = now.action.cpu().numpy()
-
-    def update():
-        for _ in range(num_envs):
-            agent.update(buffer)
-
-    def step():
-        now.obs, now.reward, now.terminated, truncated, _ = env.step(now.a)
-        now.over = now.terminated | truncated
-
-    def store():
-        row = inputs.policy_obs, inputs.critic_obs, inputs.z, now.action, now.reward
-        buffer.add(*row, now.terminated, now.over)
-        inputs.remember(now.z, now.action, now.over)
-        inputs.see(now.obs)
-
-    def whole():
-        act()
-        update()
-        step()
-        store()
-
-    act()
-    parts = {"environment": step, "acting": act, "storing": store, "updates": update}
-    return parts | {"whole step": whole}
-
-
-def take_turns(steps, rounds, repeats, synchronize):
-    """{method: milliseconds of one step [rounds]}."""
-    milliseconds = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, step in steps.items():
-            synchronize()
-            begin = time.perf_counter()
-            for _ in range(repeats):
-                step()
-            synchronize()
-            if turn > 0:  # the first warms up
-                milliseconds[name].append(1e3 * (time.perf_counter() - begin) / repeats)
-    return {name: np.array(times) for name, times in milliseconds.items()}
-
-
-def print_table(title, milliseconds, bases=("memoryless", "S2PG")):
-    """Medians, and the ratios to some of the methods."""
+def print_table(title, times):
+    """Medians, ratios to memoryless and S2PG, and those to the baseline with their quartiles."""
+    bases = [base for base in ("memoryless", "S2PG") if base in times]
     print(f"\n{title:38s} {'median':>7s}", *(f"{f'x {base}':>13s}" for base in bases))
-    for name, times in milliseconds.items():
-        ratios = [np.median(times / milliseconds[base]) for base in bases]
-        print(f"{name:38s} {np.median(times):7.2f}", *(f"{ratio:13.2f}" for ratio in ratios))
+    for name, own in times.items():
+        ratios = [np.median(own / times[base]) for base in bases]
+        print(f"{name:38s} {np.median(own):7.2f}", *(f"{ratio:13.2f}" for ratio in ratios))
+    for name in times:
+        if f"{name}, before" in times:
+            low, middle, high = np.percentile(times[name] / times[f"{name}, before"], (25, 50, 75))
+            print(f"{name}: {middle:.3f} x before (quartiles {low:.3f} and {high:.3f})")
 
 
-def main(args: Args):
-    if "cuda" not in args.device and (args.compile or args.cudagraphs):
-        sys.exit("update_time.py: --compile and --cudagraphs are for --device cuda")
-    torch.set_num_threads(args.num_threads)
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    synchronize = torch.cuda.synchronize if "cuda" in args.device else lambda: None
-    env = s2pg_sac.make_env(s2pg_sac.Args(env_id=args.env_id, hide="velocities"), 1)
-    *sizes, _ = s2pg_sac.dimensions(env)
-    if "cuda" in args.device:
-        hardware = torch.cuda.get_device_name()
-    else:
-        hardware = f"{cpu_name()}, {args.num_threads} thread(s)"
-    versions = f"torch {torch.__version__}, matmul precision {args.matmul_precision}"
-    versions += ", compiled" * args.compile + ", CUDA graphs" * args.cudagraphs
-    print("{} (o {}, s {}, a {})".format(args.env_id, *sizes), f"on {hardware}; {versions}")
-
-    for algorithm, script, bptt in [("sac", s2pg_sac, bptt_sac), ("td3", s2pg_td3, None)]:
-        if algorithm not in args.algorithms:
-            continue
-        steps, agent, buffer = off_policy(script, bptt, sizes, args)
-        eager = dataclasses.replace(args, compile=False, cudagraphs=False)  # compiled it hides them
-        _, *recorded = off_policy(script, None, sizes, eager)
-        replay, work = matrix_products(*recorded)
+def update_table(algorithm, methods, options, args):
+    rounds, repeats, epochs = args.rounds, args.updates, 1
+    title = f"{algorithm.upper()}, ms per gradient step of {args.batch_size}"
+    sizes = dict(num_envs=16, learning_starts=5_000, buffer_size=20_000, batch_size=args.batch_size)
+    if algorithm == "ppo":
+        rounds, repeats, epochs = max(1, rounds // 3), 1, 10
+        title = "PPO, ms per epoch over 2048 rows"
+        sizes = dict(num_envs=1, num_steps=2048, update_epochs=epochs)
+    options = options | sizes
+    steps = {name: catch(**method, **options)[2] for name, method in methods.items()}
+    floor = algorithm != "ppo" and "S2PG" in methods
+    if floor:
+        # of what is compiled or captured the products cannot be seen
+        eager = options | dict(compile=False, cudagraphs=False)
+        agent, buffer, step = catch(**methods["S2PG"], **eager)
+        replay, work = matrix_products(step)
         if not args.cudagraphs:  # of a graph there are no parts
             steps["S2PG, matrix products alone"] = replay
-        if algorithm == "sac" and not args.cudagraphs:
-            steps |= {f"S2PG, {name}": step for name, step in pieces(agent, buffer).items()}
-        times = take_turns(steps, args.rounds, args.updates, synchronize)
-        title = f"{algorithm.upper()}, ms per gradient step of {args.batch_size}"
-        print_table(title, times)
+            if algorithm == "sac":
+                steps |= pieces(agent, buffer, methods["S2PG"]["modules"]["s2pg_sac"].descend)
+    measures = {name: timed(step, repeats, args.device) for name, step in steps.items()}
+    times = {name: own / epochs for name, own in take_turns(measures, rounds).items()}
+    print_table(title, times)
+    if floor:
         print(f"an update of S2PG has {work:.2f} GFLOP of matrix products")
+        print(f"replay buffer of 1e6 rows: {buffer.rows[0].nbytes * 1e6 / 1e9:.2f} GB")
         if not args.cudagraphs:
             ratio = np.median(times["S2PG"] / times["S2PG, matrix products alone"])
             print(f"S2PG takes {ratio:.2f} x its floor")
-        print(f"replay buffer of 1e6 rows: {buffer_bytes(agent, 1_000_000) / 1e9:.2f} GB")
-
-    if "ppo" in args.algorithms:
-        times = take_turns(on_policy(sizes, args), max(1, args.rounds // 3), 1, synchronize)
-        epochs = s2pg_ppo.Args.update_epochs
-        print_table("PPO, ms per epoch over 2048 rows", {k: v / epochs for k, v in times.items()})
-        for num_envs in (1, 4, 16):
-            times = take_turns(rollouts(args, num_envs), args.rounds, 1, synchronize)
-            print_table(f"PPO, ms to collect 512 rows, {num_envs} envs", times)
-            speeds = [f"{k} {512e3 / np.median(v):.0f}" for k, v in times.items()]
-            print(f"rows per second: {', '.join(speeds)}")
-
-    if "runs" in args.algorithms:
-        for num_envs in (1, 16):
-            times = take_turns(training_steps(args, num_envs), args.rounds, 10, synchronize)
-            title = f"S2PG-SAC, ms of a step, {num_envs} envs"
-            print_table(title, times, bases=["whole step"])
-            speed = 1e3 * num_envs / np.median(times["whole step"])
-            print(f"{speed:.0f} environment steps and updates per second")
 
 
-def cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def runs_table(algorithm, methods, num_envs, options, args):
+    sizes = dict(first=600, steps=300, learning_starts=500, batch_size=args.batch_size)
+    if algorithm == "ppo":
+        sizes = dict(first=2048, steps=2048, num_steps=2048 // num_envs)
+    measures, idle = {}, ", no updates"
+    for name, method in methods.items():
+        if name.removesuffix(", before") in IN_RUNS:
+            measures[name] = functools.partial(
+                run_time, **method, **options, **sizes, num_envs=num_envs
+            )
+            measures[name + idle] = functools.partial(measures[name], updates=False)
+    times = take_turns(measures, max(1, args.rounds // 3))
+    print_table(f"{algorithm.upper()}, ms of a step of a run, {num_envs} envs", times)
+    speeds = {name: f"{1e3 / np.median(own):.0f}" for name, own in times.items()}
+    whole = [f"{name} {speed}" for name, speed in speeds.items() if not name.endswith(idle)]
+    print("environment steps per second:", ", ".join(whole))
+    alone = [f"{n.removesuffix(idle)} {speed}" for n, speed in speeds.items() if n.endswith(idle)]
+    print("rows per second:", ", ".join(alone).replace(", L = 32", "").replace(", all", ""))
+
+
+def main(args: Args):
+    torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    options = dict(
+        env_id=args.env_id, hide="velocities", privileged_critic=True, cuda=args.device == "cuda",
+        compile=args.compile, cudagraphs=args.cudagraphs, num_threads=args.num_threads,
+        matmul_precision=args.matmul_precision,
+    )  # fmt: skip
+    commits = {"": scripts_of(ROOT)}
+    if args.baseline:
+        commits[", before"] = scripts_of(args.baseline.resolve())
+    chosen = {
+        algorithm: {
+            name + suffix: method | dict(modules=modules)
+            for name, method in methods.items()
+            for suffix, modules in commits.items()
+            if not args.methods or name in args.methods
+        }
+        for algorithm, methods in METHODS.items()
+    }
+
+    sys.modules.update(commits[""])
+    sac = commits[""]["s2pg_sac"]
+    env = sac.make_env(sac.Args(env_id=args.env_id, hide="velocities"), 1)
+    o, s = (view.shape[0] for view in sac.views(env.single_observation_space.spaces))
+    hardware = f"{cpu_name()}, {args.num_threads} thread(s)"
+    if args.device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    versions = f"torch {torch.__version__}, matmul precision {args.matmul_precision}"
+    versions += ", compiled" * args.compile + ", CUDA graphs" * args.cudagraphs
+    (a,) = env.single_action_space.shape
+    print(f"{args.env_id} (o {o}, s {s}, a {a}) on {hardware}; {versions}")
+
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # for what the runs write
+        for algorithm in ("sac", "td3", "ppo"):
+            if algorithm in args.algorithms and chosen[algorithm]:
+                update_table(algorithm, chosen[algorithm], options, args)
+        for algorithm, num_envs in itertools.product(("sac", "ppo"), (1, 4, 16)):
+            if "runs" in args.algorithms and chosen[algorithm]:
+                runs_table(algorithm, chosen[algorithm], num_envs, options, args)
+        os.chdir(here)
 
 
 if __name__ == "__main__":

@@ -407,6 +407,7 @@ class Graphed:
                 static.copy_(arg)
         self.calls += 1
         if self.calls < 4:  # on a side stream: these create what the graph reuses
+            torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()):
                 result = self.function(*self.args)
             torch.cuda.synchronize()
@@ -505,13 +506,12 @@ def train(args):
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
-    start_time, updates_due, metrics = time.time() - seconds, 0, {}
+    start_time, updates_due, metrics, leaving = time.time() - seconds, 0, {}, False
     obs, _ = env.reset(seed=1000 * args.seed + global_step)  # a resumed run: new episodes
     z = torch.zeros(args.num_envs, agent.z_dim, device=device)
     a_prev = torch.zeros(args.num_envs, agent.action_dim, device=device)
     first = np.ones(args.num_envs, dtype=bool)  # rows that begin an episode
     final = np.zeros(args.num_envs, dtype=bool)  # rows that hold its last observation
-    leaving = False
     while not leaving:
         policy_obs, critic_obs = (to_device(view, device) for view in views(obs))
         action, z_next = agent.act(policy_obs, z, a_prev)

@@ -86,6 +86,9 @@ def robot(tmp_path, monkeypatch):
         ("s2pg_sac", dict(rnn="lstm")),
         ("s2pg_sac", dict(memoryless=True)),
         ("bptt_sac", dict(rnn="lstm")),
+        ("s2pg_td3", dict()),
+        ("s2pg_ppo", dict()),
+        ("bptt_ppo", dict()),
     ],
 )
 def test_an_exported_policy_acts_as_in_the_evaluation(script, options, robot, tmp_path):

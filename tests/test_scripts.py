@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import re
@@ -208,6 +209,25 @@ OPTIONS = dict(
         dict(sequence_length=1, privileged_critic=False, alpha_lr=0),
         dict(initial_state="zero", rnn="lstm", chrono=20),
     ],
+    s2pg_td3=[
+        dict(rnn="lstm", refresh=False, policy_frequency=1, num_envs=3),
+        dict(rnn="rnn", privileged_critic=False, policy_frequency=3, save_buffer=True),
+        dict(
+            memoryless=True, exploration_noise=0, exploration_noise_z=0, policy_noise=0,
+            noise_clip=0,
+        ),
+    ],
+    bptt_ppo=[
+        dict(rnn="lstm", sequence_length=3, privileged_critic=True, num_envs=3),
+        dict(rnn="rnn", sequence_length=1, num_minibatches=100, num_steps=100),
+        dict(num_steps=2, num_minibatches=1),
+    ],
+    s2pg_ppo=[
+        dict(rnn="lstm", privileged_critic=True, anneal_lr=False, norm_adv=False, num_envs=3),
+        dict(rnn="rnn", clip_vloss=True, ent_coef=0.1, num_steps=2, num_minibatches=1),
+        dict(target_kl=0.0),
+        dict(memoryless=True, num_steps=1000, update_epochs=1),
+    ],
 )  # fmt: skip
 
 
@@ -233,10 +253,13 @@ def kill(script, signum, **options):
     return run, load(run), process.returncode, out
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("save_buffer", [False, True])
+@pytest.mark.parametrize(
+    "signum, save_buffer",
+    [("SIGINT", False), ("SIGTERM", True), ("SIGKILL", False), ("SIGKILL", True)],
+)
 def test_a_killed_run_resumes(signum, save_buffer):
     kept = dict(save_buffer=True) if save_buffer else {}
+    signum = getattr(signal, signum)
     run, before, status, out = kill("s2pg_sac", signum, **kept)
     step = before["global_step"]
     assert step >= 50
@@ -293,13 +316,18 @@ def agent_of(script="s2pg_sac", **options):
     return script.Agent(args, script.make_env(args, 1), torch.device("cpu"))
 
 
-def test_what_cannot_be_saved_whole_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    agent = agent_of()
-    s2pg_sac.save_checkpoint(tmp_path, agent, None, global_step=1)
+@pytest.mark.parametrize(
+    "script, name, more", [("s2pg_sac", "save_checkpoint", [None]), ("s2pg_ppo", "save_run", [])]
+)
+def test_what_cannot_be_saved_whole_leaves_the_last_checkpoint(
+    script, name, more, tmp_path, monkeypatch
+):
+    agent, save = agent_of(script), getattr(module(script), name)
+    save(tmp_path, agent, *more, global_step=1)
     good = (tmp_path / "checkpoint.pt").read_bytes()
     list(agent.actor.parameters())[-1].data[0] = torch.nan
     with pytest.raises(SystemExit, match="not finite"):
-        s2pg_sac.save_checkpoint(tmp_path, agent, None, global_step=2)
+        save(tmp_path, agent, *more, global_step=2)
     list(agent.actor.parameters())[-1].data[0] = 0
 
     def torn(state, path):
@@ -308,8 +336,22 @@ def test_what_cannot_be_saved_whole_leaves_the_last_checkpoint(tmp_path, monkeyp
 
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(OSError, match="no space"):
-        s2pg_sac.save_checkpoint(tmp_path, agent, None, global_step=2)
+        save(tmp_path, agent, *more, global_step=2)
     assert (tmp_path / "checkpoint.pt").read_bytes() == good
+
+
+def test_a_checkpoint_within_a_rollout_is_that_of_the_last_update(monkeypatch):
+    """What was played since then taught nothing, so it is played again."""
+    saved, weights, ppo = [], [], module("s2pg_ppo")
+
+    def save_run(run_dir, agent, global_step, seconds):
+        saved.append(global_step)
+        weights.append({name: value.clone() for name, value in agent.state_dict().items()})
+
+    monkeypatch.setattr(ppo, "save_run", save_run)
+    train("s2pg_ppo", total_timesteps=50, checkpoint_frequency=10, eval_frequency=0)
+    assert saved == [0, 15, 15, 30, 50]  # rollouts of 18 rows hold 15 steps
+    assert [same(*pair) for pair in itertools.pairwise(weights)] == [False, True, False, False]
 
 
 def state_of(agent):
@@ -326,13 +368,11 @@ def state_of(agent):
 def test_a_checkpoint_restores_everything(script, monkeypatch):
     """Networks, targets, optimisers, temperatures, normalisers, counters."""
     agents = []
-    watch(monkeypatch, script, load_state_dict=lambda state: None)
     make = module(script).Agent
     monkeypatch.setattr(module(script), "Agent", lambda *a: agents.append(make(*a)) or agents[-1])
     run = train(script, eval_frequency=0)
-    monkeypatch.setattr(module(script), "save_checkpoint", lambda *a, **k: None)
+    monkeypatch.setattr(module(script), "SummaryWriter", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # just before it would go on
-        monkeypatch.setattr(module(script), "SummaryWriter", lambda *a, **k: 1 / 0)
         train(script, resume=str(run), total_timesteps=1000, eval_frequency=0)
     trained, loaded = map(state_of, agents)
     assert trained.keys() == loaded.keys() and any("exp_avg_sq" in name for name in trained)
@@ -346,9 +386,13 @@ DAMAGE = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DAMAGE)
-def test_an_unusable_run_is_answered_in_a_sentence_and_left_as_it_is(name, monkeypatch):
-    run, damage, options = train(save_buffer=True, eval_frequency=0), DAMAGE[name], []
+@pytest.mark.parametrize(
+    "script, name",
+    [("s2pg_sac", name) for name in DAMAGE] + [("s2pg_ppo", "torn"), ("s2pg_ppo", "shapes")],
+)
+def test_an_unusable_run_is_answered_in_a_sentence_and_left_as_it_is(script, name, monkeypatch):
+    kept = dict(save_buffer=True) if script == "s2pg_sac" else {}
+    run, damage, options = train(script, eval_frequency=0, **kept), DAMAGE[name], []
     file = run / "checkpoint.pt"
     if name == "cut":
         file.write_bytes(file.read_bytes()[:5000])
@@ -361,11 +405,12 @@ def test_an_unusable_run_is_answered_in_a_sentence_and_left_as_it_is(name, monke
     elif isinstance(damage, list):
         options = damage
     else:
-        script = {} if name == "no_script" else dict(script="s2pg_sac.py")
-        (run / "args.json").write_text(json.dumps(damage | script))
+        known = {} if name == "no_script" else dict(script="s2pg_sac.py")
+        (run / "args.json").write_text(json.dumps(damage | known))
     before = {path: path.read_bytes() for path in run.iterdir()}
     with pytest.raises(SystemExit) as exit_info:
-        s2pg_sac.train(parse(monkeypatch, "--resume", run, "--total-timesteps", 100, *options))
+        options = "--resume", run, "--total-timesteps", 100, *options
+        module(script).train(parse(monkeypatch, *options, script=script))
     assert isinstance(exit_info.value.code, str) and str(run) in exit_info.value.code
     assert {path: path.read_bytes() for path in run.iterdir()} == before
 
@@ -387,6 +432,12 @@ BAD = [
     ("s2pg_sac", "--resume nothing", "nothing is no run of this script"),
     ("s2pg_sac", "--no-such-option", "no-such-option"),
     ("s2pg_sac", "--total-timesteps 5000 --learning-starts 5000", "no update before step 5000"),
+    ("s2pg_ppo", "--num-steps 1", "--num-steps must be in"),
+    ("s2pg_ppo", "--gae-lambda 1.5", "--gae-lambda must be in [0, 1]"),
+    ("s2pg_ppo", "--num-minibatches 50 --num-steps 20 --num-envs 2", "must be in [1, 40]"),
+    ("s2pg_ppo", "--total-timesteps 0", "raise --total-timesteps"),
+    ("bptt_ppo", "--sequence-length 0", "--sequence-length must be in"),
+    ("s2pg_td3", "--policy-frequency 0", "--policy-frequency must be in"),
     ("bptt_sac", "--sequence-length 0", "--sequence-length must be in"),
     ("bptt_sac", "--memoryless", "memoryless"),
     ("bptt_sac", "--chrono 2", "--chrono takes 3 steps or more"),

@@ -175,9 +175,6 @@ class RunningNormalizer(nn.Module):
     def forward(self, x):
         return ((x - self.mean) / self.std).clamp(-self.clip, self.clip)
 
-    def inverse(self, x):
-        return x * self.std + self.mean
-
     def update(self, x, weight):
         """Take in rows x [..., .] of `weight` [...] 1 (Chan et al. 1979, parallel variance)."""
         mean, var = moments(x, weight)
@@ -366,7 +363,7 @@ class BPTTPPO(nn.Module):
         sample = mean + self.actor.log_std.exp() * torch.randn_like(mean)
         log_prob = gaussian_log_prob(sample, mean, self.actor.log_std)
         value, z_critic = self.critic.step(critic_obs, z_critic, a_prev)
-        value = self.critic.returns.inverse(value.squeeze(-1))
+        value = self.critic.returns.mean + self.critic.returns.std * value.squeeze(-1)
         return sample, torch.cat([z_actor, z_critic], -1), log_prob, value
 
     def update(self, rollout):

@@ -1,51 +1,34 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = [
-#   "torch>=2.11", "gymnasium[mujoco]>=1.2", "mujoco>=3.3.5", "tyro", "tensorboard", "numpy", "tqdm"
-# ]
-# ///
 """S2PG-GAIL: generative adversarial imitation with a stochastic stateful policy.
 
 Ho, Ermon, "Generative Adversarial Imitation Learning", 2016, with the policy of Al-Hafez, Zhao,
 Peters, Tateo, "Time-Efficient Reinforcement Learning with Stochastic Stateful Policies", ICLR 2024,
-https://arxiv.org/abs/2311.04082. A discriminator D learns to tell the expert's (s, a) from the
-policy's; S2PG-PPO learns from its reward, as s2pg_ppo.py does from the task's. The expert may have
-seen all of s, the policy sees o and remembers; D never sees its memory z.
+arXiv 2311.04082. A discriminator D learns to tell the expert's (s, a) from the policy's, S2PG-PPO
+learns from its reward. The policy sees o and has an internal state z, which D never sees:
 
     discriminator  L(D) = E_expert[-log D] + E_policy[-log(1 - D)] - c H(D), over (s, a)
     reward         r    = -log(1 - D + 1e-8), or with --reward airl log D - log(1 - D)
     termination    r   += gamma r_abs / (1 - gamma), r_abs the reward in the absorbing state
     policy, value  as in s2pg_ppo.py: PPO's with rho the ratio of (a, z') jointly
 
--log(1 - D) is never negative, so ending an episode would be a loss whatever the expert does.
-Therefore the end of an episode is a state as well, which the policy never leaves, and D judges it,
-too (Kostrikov et al., "Discriminator-Actor-Critic", 2019), with the weight of the 1 / (1 - gamma)
-steps for which it stands. The task's reward is logged, and no part of the algorithm sees it.
-Compare with s2pg_ppo.py by diff.
+-log(1 - D) is never negative, so ending an episode would be a loss whatever the expert does. So the
+end of an episode is a state as well, which is never left, and D judges it, too, as one of the
+1 / (1 - gamma) steps for which it stands (Kostrikov et al., "Discriminator-Actor-Critic", 2019).
+The task's reward is logged, and never learned from. Compare s2pg_ppo.py by diff.
 
-Unlike in the published runs, D learns after each rollout, and three steps at a time.
-
-    python s2pg_gail.py --env-id InvertedPendulum-v4 --total-timesteps 200000
+    python s2pg_gail.py --env-id InvertedPendulum-v4 --total-timesteps 100000
     python s2pg_gail.py --env-id Hopper-v4 --demonstrations expert.npz --bc-steps 2000
-    python s2pg_gail.py --evaluate runs/RUN --eval-episodes 20 --capture-video
+    python evaluate.py runs/RUN --episodes 20 --capture-video
 """
 
-import collections
-import dataclasses
-import functools
-import importlib.util
 import json
 import math
-import os
-import pickle
-import re
 import signal
 import sys
 import time
-import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -54,183 +37,87 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import envs
-import envs.demonstrations
 
-
-@dataclasses.dataclass
+@dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """name of this experiment"""
-    seed: int = 1
-    """seed of the networks, the noise and the environments, >= 0"""
-    torch_deterministic: bool = True
-    """sets `torch.backends.cudnn.deterministic`"""
-    cuda: bool = True
-    """use a CUDA card where there is one"""
-    track: bool = False
-    """log to Weights and Biases as well"""
-    wandb_project_name: str = "s2pg"
-    """project of Weights and Biases"""
-    wandb_entity: str | None = None
-    """entity (team) of Weights and Biases"""
-    capture_video: bool = False
-    """record videos of the first environment into the run's `videos` folder"""
+    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, a task of `envs`, or yours: module:Id-v0
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # wind True
+    hide: Literal["none", "velocities", "positions"] = "none"  # from the policy, in MuJoCo tasks
+    privileged_critic: bool = True  # critic and discriminator see the whole state
+    num_envs: int = 1  # environments stepped together
+    total_timesteps: int = 1_000_000  # environment steps, over all environments
 
-    env_id: str = "InvertedPendulum-v4"
-    """a Gymnasium MuJoCo id, a memory task of `envs`, or your own as `module:Id-v0`"""
-    env_kwargs: dict[str, int | float | bool | str] = dataclasses.field(default_factory=dict)
-    """arguments of the environment, as `--env-kwargs name value name value`"""
-    total_timesteps: int = 1_000_000
-    """environment steps of the whole run, counted over all environments"""
-    num_envs: int = 1
-    """environments stepped together, >= 1"""
-    hide: Literal["none", "velocities", "positions"] = "none"
-    """what a MuJoCo observation hides from the policy; `TUNED` in this file has velocities"""
-    random_bodies: bool = False
-    """draw masses and geom sizes anew each episode; only a privileged critic is told"""
-    wind: bool = False
-    """push the torso with a constant force of random sign, and reward running that way; only a
-    privileged critic is told"""
-    privileged_critic: bool = True
-    """let the critic and the discriminator see the whole state instead of what the policy sees"""
+    demonstrations: str | None = None  # FILE.npz, minari:NAME, or shipped:stochastic; else shipped
+    demonstration_episodes: int | None = None  # the first of them; else all
+    bc_steps: int = 0  # of behaviour cloning before everything else
+    reward: Literal["gail", "airl"] = "gail"  # -log(1 - D + 1e-8), or log D - log(1 - D)
+    absorbing: bool = True  # the end of an episode is a state that goes on; otherwise worth 0
+    discriminator_lr: float = 3e-4  # learning rate of the discriminator
+    discriminator_steps: int = 3  # its gradient steps after each rollout (published: 1 of 3)
+    discriminator_entropy: float = 1e-3  # weight c of its entropy
 
-    demonstrations: str | None = None
-    """an .npz file, or `minari:NAME`; by default what `envs/demonstrations` has of the task, with
-    `shipped:stochastic` that of an expert with noise, if it has one"""
-    demonstration_episodes: int | None = None
-    """episodes to imitate, the first of them; by default all"""
-    bc_steps: int = 0
-    """steps of behaviour cloning before everything else, a warm start of the actor, evaluated as
-    step 0; a resumed run does not clone"""
-    bc_batch_size: int = 16
-    """sequences in a step of behaviour cloning"""
-    bc_sequence_length: int = 16
-    """rows that cloning backpropagates through"""
-    bc_lr: float = 1e-3
-    """learning rate of behaviour cloning"""
+    num_steps: int = 2048  # rows of a rollout in each environment
+    num_minibatches: int = 32  # gradient steps in an epoch
+    update_epochs: int = 10  # epochs over a rollout
+    learning_rate: float = 3e-4  # of actor and critic
+    anneal_lr: bool = True  # the learning rate falls to zero, linearly over the run
+    gamma: float = 0.99  # discount, in [0, 1)
+    gae_lambda: float = 0.95  # lambda of the generalised advantage estimates, in [0, 1]
+    norm_adv: bool = True  # normalise the advantages of a rollout
+    clip_coef: float = 0.2  # eps, how far rho may leave 1; with --clip-vloss also V its old value
+    clip_vloss: bool = False  # V moves by at most eps standard deviations of the returns
+    ent_coef: float = 0.0  # weight of the entropy of (a, z')
+    vf_coef: float = 0.5  # weight of the loss of V
+    max_grad_norm: float = 0.5  # norm at which the gradient is clipped
+    target_kl: float = math.inf  # no further epoch where the policy has diverged by more
 
-    discriminator_sees: Literal["critic", "policy"] = "critic"
-    """what of the state: what the critic sees, or only what the policy does"""
-    reward: Literal["gail", "airl"] = "gail"
-    """-log(1 - D + 1e-8), in [0, 18.4], or log D - log(1 - D)"""
-    absorbing: bool = True
-    """treat the end of an episode as a state that goes on for ever; otherwise it is worth 0"""
-    discriminator_lr: float = 3e-4
-    """learning rate of the discriminator"""
-    discriminator_frequency: int = 1
-    """rollouts from one update of the discriminator to the next (published: 3)"""
-    discriminator_steps: int = 3
-    """gradient steps of such an update, each on a whole rollout and as many rows of the expert
-    (published: 1)"""
-    discriminator_entropy: float = 1e-3
-    """weight of the entropy of D"""
+    rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent cell
+    state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
+    std: float = 0.5  # standard deviation of a at the start; a is clipped to [-1, 1]
+    std_z: float = 0.1  # that of z'; with less noise rho leaves 1 sooner
+    memoryless: bool = False  # no internal state: plain GAIL, where V still gets a_prev
 
-    rnn: Literal["gru", "lstm", "rnn"] = "gru"
-    """recurrent cell that gives the mean of the next internal state"""
-    state_dim: int = 32
-    """size of the recurrent cell (the internal state of an LSTM, h and c, is twice as large)"""
-    memoryless: bool = False
-    """drop the internal state: plain GAIL, with a policy of the current observation alone
-    (V still gets a_prev)"""
-    std: float = 0.5
-    """standard deviation of the action at the start, where its range is [-1, 1]"""
-    std_z: float = 0.1
-    """standard deviation of the internal state at the start; less of it hides less from the policy,
-    and lets rho leave 1 sooner"""
+    seed: int = 1  # of the networks, the noise and the environments
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    resume: str | None = None  # folder of a run to continue, with its options and those given here
+    checkpoint_frequency: int = 10_000  # steps between checkpoints
+    eval_frequency: int = 10_000  # steps between evaluations; 0 for none
+    eval_episodes: int = 5  # episodes of an evaluation, noise-free and stochastic each
+    track: bool = False  # log to Weights and Biases as well
+    wandb_project_name: str = "s2pg"  # its project
+    wandb_entity: str | None = None  # its team
+    cuda: bool = True  # use a CUDA card where there is one
+    num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
+    compile: bool = False  # on CUDA: torch.compile the loss
+    cudagraphs: bool = False  # on CUDA: replay acting and gradient steps as graphs
 
-    learning_rate: float = 3e-4
-    """learning rate of actor and critic"""
-    anneal_lr: bool = True
-    """let the learning rate fall to zero, linearly over the run"""
-    num_steps: int = 2048
-    """rows of a rollout in each environment"""
-    num_minibatches: int = 32
-    """minibatches that a full rollout is shared among; with final rows in it there may be fewer"""
-    update_epochs: int = 10
-    """epochs over a rollout"""
-    gamma: float = 0.99
-    """discount factor, in [0, 1)"""
-    gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimates, in [0, 1]"""
-    norm_adv: bool = True
-    """normalise the advantages of a rollout"""
-    clip_coef: float = 0.2
-    """how far rho may leave 1; with --clip-vloss also V its old value"""
-    clip_vloss: bool = False
-    """clip the loss of the values, too, which lets V move by clip_coef standard deviations of the
-    returns in a rollout"""
-    ent_coef: float = 0.0
-    """weight of the entropy of (a, z')"""
-    vf_coef: float = 0.5
-    """weight of the loss of the values"""
-    max_grad_norm: float = 0.5
-    """norm at which the gradient is clipped"""
-    target_kl: float | None = None
-    """no further epoch on a rollout once the divergence from the old policy, over an epoch, is
-    larger"""
-
-    resume: str | None = None
-    """folder of a run to continue, from its last update on; options given beside it replace the
-    run's own, but the random state comes from the checkpoint"""
-    checkpoint_frequency: int = 10_000
-    """environment steps between two checkpoints"""
-    eval_frequency: int = 10_000
-    """environment steps between two evaluations; 0 for none but the last"""
-    eval_episodes: int = 5
-    """episodes of an evaluation, deterministic and stochastic each"""
-    evaluate: str | None = None
-    """folder of a run to replay instead of training"""
-    save_demonstrations: str | None = None
-    """with --evaluate: write the deterministic episodes to this .npz file"""
-    stochastic_demonstrations: bool = False
-    """write the stochastic episodes instead: an expert with the noise that it was trained with"""
-    num_threads: int = 1
-    """CPU threads of torch; more than one rarely pays for networks of this size"""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """precision of float32 matrix products: "medium" allows bfloat16 and, on a CPU, other kernels,
-    which may be faster (SAC) or slower (PPO)"""
-    compile: bool = False
-    """on CUDA: torch.compile the losses"""
-    cudagraphs: bool = False
-    """on CUDA: capture acting and the step of a minibatch as graphs, and replay each with one
-    launch"""
-
-    def limits(self):
-        """The least and the largest value of each number, and what else they depend on."""
-        inf = math.inf
-        return dict(
-            seed=(0, 2**31), total_timesteps=(1, inf), num_envs=(1, inf),
-            demonstration_episodes=(1, inf), bc_steps=(0, inf), bc_batch_size=(1, inf),
-            bc_sequence_length=(1, inf), bc_lr=(0, inf), discriminator_lr=(0, inf),
-            discriminator_frequency=(1, inf), discriminator_steps=(1, inf),
-            discriminator_entropy=(0, inf),
-            state_dim=(1, inf),
-            std=(1e-9, inf), std_z=(1e-9, inf),
-            learning_rate=(0, inf), num_steps=(2, inf), num_minibatches=(1, inf),
-            update_epochs=(1, inf), gamma=(0, 1 - 1e-9), gae_lambda=(0, 1), clip_coef=(1e-9, inf),
-            ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf), target_kl=(0, inf),
+    def __post_init__(self):
+        rows, inf = self.num_steps * self.num_envs, math.inf
+        for name, (low, high) in dict(
+            seed=(0, inf), num_envs=(1, inf), num_steps=(2, inf), num_minibatches=(1, rows),
+            update_epochs=(1, inf), learning_rate=(0, inf), gamma=(0, 1 - 1e-9), gae_lambda=(0, 1),
+            clip_coef=(1e-9, inf), ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf),
+            target_kl=(0, inf), state_dim=(1, inf), std=(1e-9, inf), std_z=(1e-9, inf),
+            bc_steps=(0, inf), discriminator_lr=(0, inf), discriminator_steps=(1, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
-            num_threads=(1, inf),
-        )  # fmt: skip
+        ).items():  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                sys.exit(f"--{name.replace('_', '-')} must be in [{low}, {high}]")
 
 
 # Defaults that differ by task; options on the command line come before these.
 TUNED = {
-    "Ant": dict(hide="velocities", learning_rate=1e-4),
-    "HalfCheetah": dict(hide="velocities", learning_rate=1e-4),
-    "Hopper": dict(hide="velocities", learning_rate=1e-4),
-    "Humanoid": dict(hide="velocities", learning_rate=1e-4),
-    "HumanoidStandup": dict(hide="velocities", learning_rate=1e-4),
-    "InvertedDoublePendulum": dict(hide="velocities"),
-    "InvertedPendulum": dict(hide="velocities"),
-    "Swimmer": dict(hide="velocities", learning_rate=1e-4),
-    "Walker2d": dict(hide="velocities", learning_rate=1e-4),
-}
+    name: dict(hide="velocities", learning_rate=3e-4 if "Pendulum" in name else 1e-4)
+    for name in (
+        "Ant", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup", "InvertedDoublePendulum",
+        "InvertedPendulum", "Swimmer", "Walker2d",
+    )
+}  # fmt: skip
 
 
 class GaussianStatefulActor(nn.Module):
-    """The joint kernel pi(a, z' | o, z, a_prev), a diagonal Gaussian with a state-free std.
+    """The joint kernel pi(a, z' | o, z, a_prev), a diagonal Gaussian whose std is a parameter.
 
     A recurrent cell gives the mean of z', from which the policy reads the mean of a. It reads the
     mean and not the sample z', so a and z' are conditionally independent.
@@ -239,37 +126,32 @@ class GaussianStatefulActor(nn.Module):
     get a clipped to [-1, 1]. For an LSTM z = (h, c).
     """
 
-    def __init__(self, obs_dim, action_dim, state_dim, rnn, std, std_z):
+    def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.action_dim, self.state_dim, self.rnn = action_dim, state_dim, rnn
-        self.z_dim = 2 * state_dim if rnn == "lstm" else state_dim
+        self.rnn, self.action_dim = args.rnn, action_dim
+        self.state_dim = 0 if args.memoryless else args.state_dim
+        self.z_dim = 2 * self.state_dim if args.rnn == "lstm" else self.state_dim
         self.normalizer = RunningNormalizer(obs_dim, clip=10.0)
         self.policy_obs = nn.Linear(obs_dim, 128)
-        if state_dim > 0:
+        if self.state_dim > 0:
             self.kernel_obs = nn.Linear(obs_dim, 128)
             self.kernel_action = nn.Linear(action_dim, 128)
-            cells = {"gru": nn.GRUCell, "lstm": nn.LSTMCell, "rnn": nn.RNNCell}
-            self.cell = cells[rnn](256, state_dim)
-        self.policy_hidden = nn.Linear(128 + state_dim, 128)
+            self.cell = getattr(nn, f"{args.rnn.upper()}Cell")(256, self.state_dim)
+        self.policy_hidden = nn.Linear(128 + self.state_dim, 128)
         self.policy_head = nn.Linear(128, action_dim)
-        stds = torch.cat([torch.full((action_dim,), std), torch.full((self.z_dim,), std_z)])
-        self.log_std = nn.Parameter(stds.log())
-
-    def next_state(self, obs, z, a_prev):
-        """Mean of z' [B, Z]: the internal state after `obs`, without noise."""
-        if self.state_dim == 0:
-            return z
-        e = torch.relu_(torch.cat([self.kernel_obs(obs), self.kernel_action(a_prev)], -1))
-        if self.rnn == "lstm":
-            return torch.cat(self.cell(e, z.chunk(2, -1)), -1)
-        return self.cell(e, z)
+        std = torch.tensor([args.std] * action_dim + [args.std_z] * self.z_dim)
+        self.log_std = nn.Parameter(std.log())
 
     def forward(self, obs, z, a_prev):
-        """Mean of (a, z') [B, A + Z]."""
-        mean_z = self.next_state(obs, z, a_prev)
-        h = torch.cat([torch.relu_(self.policy_obs(obs)), mean_z[..., : self.state_dim]], -1)
-        return torch.cat([self.policy_head(torch.relu_(self.policy_hidden(h))), mean_z], -1)
+        """Mean of (a, z') [B, A + Z]; that of z' is the internal state after `obs`, noise-free."""
+        if self.state_dim > 0:
+            e = torch.relu_(torch.cat([self.kernel_obs(obs), self.kernel_action(a_prev)], -1))
+            z = self.cell(e, z.chunk(2, -1) if self.rnn == "lstm" else z)
+            z = torch.cat(z, -1) if self.rnn == "lstm" else z
+        h = torch.cat([torch.relu_(self.policy_obs(obs)), z[..., : self.state_dim]], -1)
+        return torch.cat([self.policy_head(torch.relu_(self.policy_hidden(h))), z], -1)
 
+    @torch.no_grad()
     def act(self, obs, z, a_prev, deterministic=False):
         """a [B, A], clipped, and z' [B, Z] after raw `obs`, both sampled or both noise-free."""
         sample = self(self.normalizer(obs), z, a_prev)
@@ -280,7 +162,7 @@ class GaussianStatefulActor(nn.Module):
 
 
 class Critic(nn.Module):
-    """V [B] of o, or of the state s, both normalised; of z and a_prev; in units of `returns`."""
+    """V [B] of o or s, normalised, of z and of a_prev; in units of `returns`."""
 
     def __init__(self, critic_dim, z_dim, action_dim):
         super().__init__()
@@ -311,201 +193,121 @@ class RunningNormalizer(nn.Module):
     def forward(self, x):
         return ((x - self.mean) / self.std).clamp(-self.clip, self.clip)
 
-    def inverse(self, x):
-        return x * self.std + self.mean
-
-    def update(self, x):
-        """Take in rows x [B, .] (Chan et al. 1979, parallel variance)."""
-        n = self.count + len(x)
-        delta = x.mean(0) - self.mean
-        squares = self.var * self.count + x.var(0, correction=0) * len(x)
-        self.var.copy_((squares + delta.square() * self.count * len(x) / n) / n)
-        self.mean += delta * len(x) / n
-        self.count.copy_(n)
+    def update(self, x, weight):
+        """Take in rows x [..., .] of `weight` [...] 1 (Chan et al. 1979, parallel variance)."""
+        mean, var = moments(x, weight)
+        delta, share = mean - self.mean, weight.sum() / (self.count + weight.sum())
+        self.mean += share * delta
+        self.var.lerp_(var, share).add_(share * (1 - share) * delta.square())
+        self.count += weight.sum()
 
 
-@torch.no_grad()
-def update_returns(normalizer, head, returns):
-    """Take in `returns` [B], and rescale the layer that predicts them so that no V changes.
+def moments(x, weight):
+    """Mean and variance of rows x [..., .], which count as `weight` [...] says."""
+    x, weight = x.flatten(0, weight.dim() - 1), weight.flatten() / weight.sum()
+    mean = weight @ x
+    return mean, weight @ (x - mean).square()
+
+
+def update_returns(normalizer, head, returns, weight):
+    """Take in `returns`, and rescale the layer that predicts them so that no V changes.
 
     Pop-Art: van Hasselt et al., "Learning values across many orders of magnitude", 2016, eq. 4.
     """
     mean, std = normalizer.mean.clone(), normalizer.std
-    normalizer.update(returns)
+    normalizer.update(returns, weight)
     head.weight *= std / normalizer.std
     head.bias.copy_((std * head.bias + mean - normalizer.mean) / normalizer.std)
 
 
-class Discriminator(nn.Module):
-    """The logit of D [B], how much (s, a) looks like the expert's, from its rows.
-
-    A row is [s, a, 0], or [0, 0, 1] for the absorbing state behind the end of an episode; s is
-    normalised here, by what it was shown of expert and policy.
-    """
-
-    def __init__(self, state_dim, action_dim):
-        super().__init__()
-        self.state_dim = state_dim
-        self.normalizer = RunningNormalizer(state_dim, clip=10.0)
-        self.net = nn.Sequential(
-            nn.Linear(state_dim + action_dim + 1, 512), nn.Tanh(),
-            nn.Linear(512, 256), nn.Tanh(), nn.Linear(256, 1),
-        )  # fmt: skip
-
-    def forward(self, rows):
-        state, rest = rows.split([self.state_dim, rows.shape[-1] - self.state_dim], -1)
-        state = self.normalizer(state) * (1 - rest[..., -1:])
-        return self.net(torch.cat([state, rest], -1)).squeeze(-1)
-
-
-def discriminator_rows(state, action, ended):
-    """What a discriminator sees of transitions: [B, S + A + 1], and a row more for each `ended`."""
-    rows = torch.cat([state, action, torch.zeros_like(action[:, :1])], -1)
-    absorbing = torch.zeros_like(rows[ended])
-    absorbing[:, -1] = 1
-    return torch.cat([rows, absorbing])
-
-
-def draw(rows, n):
-    """n of the rows, uniformly with replacement."""
-    return rows[torch.randint(len(rows), (n,), device=rows.device)]
-
-
-def discriminator_loss(discriminator, policy_rows, expert_rows, entropy_coef, gamma):
-    """E_expert[-log D] + E_policy[-log(1 - D)] - c H(D), H over both; also H, detached.
-
-    The absorbing state goes on for ever, which an effective horizon of 1 / (1 - gamma) steps counts
-    for: a row of it has as much weight as so many others.
-    """
-    parts = []
-    for rows, sign in ((expert_rows, -1), (policy_rows, 1)):
-        weight = 1 + rows[:, -1] * gamma / (1 - gamma)
-        weight = weight / weight.sum()
-        logit = discriminator(rows)
-        # -log sigmoid(x) = softplus(-x), and -log(1 - sigmoid(x)) = softplus(x)
-        bce = (weight * F.softplus(sign * logit)).sum()
-        entropy = F.softplus(-logit) + (1 - torch.sigmoid(logit)) * logit
-        parts.append((bce, (weight * entropy).sum()))
-    (expert_bce, expert_entropy), (policy_bce, policy_entropy) = parts
-    entropy = 0.5 * (expert_entropy + policy_entropy)
-    return expert_bce + policy_bce - entropy_coef * entropy, entropy.detach()
-
-
-def imitation_reward(logit, kind):
-    """-log(1 - D + 1e-8) ("gail"), or log D - log(1 - D) ("airl"), of the logit of D."""
-    return -(torch.sigmoid(-logit) + 1e-8).log() if kind == "gail" else logit
-
-
-class Demonstrations:
-    """Episodes of an expert side by side, [time, episode]; one of T steps has T + 1 rows.
-
-    The last row of an episode holds its final observation, and no action; those behind it are
-    padding. `z` is the memory of a policy that was taken along, see `roll`.
-    """
-
-    def __init__(self, episodes, device):
-        longest = max(len(episode["observations"]) for episode in episodes)
-
-        def side_by_side(name):
-            columns = [episode[name] for episode in episodes]
-            rest = columns[0].ndim * [(0, 0)]
-            padded = [np.pad(c, [(0, longest - len(c)), *rest[1:]]) for c in columns]
-            return torch.as_tensor(np.stack(padded, 1), device=device)
-
-        self.obs = side_by_side("observations")
-        self.critic_obs = side_by_side("critic_observations")
-        self.action = side_by_side("actions")
-        self.terminated = side_by_side("terminations")
-        self.a_prev = torch.cat([torch.zeros_like(self.action[:1]), self.action[:-1]])
-        lengths = [len(episode["actions"]) for episode in episodes]
-        self.length = torch.tensor(lengths, device=device)
-        self.valid = torch.arange(longest, device=device)[:, None] < self.length  # transitions
-        self.returns = [float(episode["rewards"].sum()) for episode in episodes]
-
-    @torch.no_grad()
-    def roll(self, unroll, z_dim):
-        """Set `z` [T + 1, E, Z]: the memory of a policy along what the expert saw and did.
-
-        `unroll(o, z, a_prev)` gives the noise-free action and a sample of z'.
-        """
-        z = torch.zeros(self.action.shape[1], z_dim, device=self.action.device)
-        self.z = torch.zeros(*self.action.shape[:2], z_dim, device=self.action.device)
-        for t in range(len(self.z)):
-            self.z[t] = z
-            _, z = unroll(self.obs[t], z, self.a_prev[t])
-
-
-def cloning_loss(unroll, demonstrations, batch_size, length):
-    """E[|a - mu_a|^2] over random sequences of at most `length` rows, which begin at their z.
-
-    Backpropagation through time, as the expert has no memory that could be data. A sequence may
-    reach over both ends of its episode, so that all rows of all episodes come equally often.
-    """
-    data, device = demonstrations, demonstrations.obs.device
-    places = data.length + length - 1
-    episode = torch.multinomial(places.float(), batch_size, replacement=True)
-    first = (torch.rand(batch_size, device=device) * places[episode]).long() - (length - 1)
-    start = first.clamp(min=0)
-    z, losses, rows = data.z[start, episode], 0.0, 0
-    for k in range(length):
-        row = (start + k).clamp(max=len(data.obs) - 1), episode
-        mean, z = unroll(data.obs[row], z, data.a_prev[row])
-        error = (mean - data.action[row]).square().sum(-1)
-        inside = data.valid[row] & (start + k < first + length)
-        losses, rows = losses + (error * inside).sum(), rows + inside.sum()
-    return losses / rows
-
-
-def behaviour_cloning(unroll, actor, demonstrations, args, stopped):
-    """`bc_steps` gradient steps of the actor on `cloning_loss`, or until `stopped` is not empty.
-
-    Returns the last loss.
-    """
-    optimizer = torch.optim.Adam(actor.parameters(), lr=args.bc_lr)
-    for i in tqdm(range(args.bc_steps), desc="cloning", dynamic_ncols=True, leave=False):
-        if i % 100 == 0:  # the memory has become another
-            demonstrations.roll(unroll, actor.z_dim)
-        loss = cloning_loss(unroll, demonstrations, args.bc_batch_size, args.bc_sequence_length)
-        check_finite({"the loss of behaviour cloning": loss})
-        descend(optimizer, loss)
-        if stopped:
-            break
-    return loss.detach()
-
-
 class Rollout:
-    """Up to num_steps rows [time, env] of a vector environment (autoreset next step), and one more.
+    """num_steps rows of each environment (autoreset next step), and one more that completes them.
 
-    An episode of T transitions fills T + 1 rows; the last holds the final observation, and its
-    action is ignored. Row t + 1 completes row t: it holds the next observation and internal state.
-    So a row is a transition unless its successor is the `first` of an episode. The row after the
-    last has no action yet; it is the first of the next rollout as well.
+    An episode of T transitions fills T + 1 rows; the last holds the final observation, its action
+    is ignored. A row before the `first` of an episode is no transition, and has weight 0. Rows that
+    a shorter rollout does not reach count as `first`. `sample` is drawn before a is clipped.
     """
 
-    def __init__(self, num_steps, num_envs, obs_dim, critic_dim, z_dim, action_dim, device):
-        def rows(*shape, dtype=torch.float32, device=device):
-            return torch.zeros(num_steps + 1, num_envs, *shape, dtype=dtype, device=device)
+    def __init__(self, num_steps, num_envs, widths, device):
+        self.device, self.length = device, 0
+        self.rows = torch.zeros(num_steps + 1, num_envs, sum(widths) + 5, device=device)
+        columns = self.rows.split([*widths, 5], -1)  # views [T + 1, N, .]
+        self.obs, self.state, self.z, self.a_prev, self.sample, numbers = columns
+        self.log_prob, self.value, self.reward, self.terminated, self.first = numbers.unbind(-1)
 
-        self.obs, self.critic_obs = rows(obs_dim), rows(critic_dim)
-        self.z, self.a_prev = rows(z_dim), rows(action_dim)
-        self.action = rows(action_dim)  # the sample, before it is clipped
-        self.log_prob, self.value = rows(), rows()
-        # rewards and ends of episodes go to the device once a rollout, and not row by row
-        self.reward = rows(device="cpu")
-        self.terminated, self.first = (rows(dtype=torch.bool, device="cpu") for _ in range(2))
-        self.length, self.device = 0, device
-
-    def add(self, **row):
-        """Write the next row, or a part of it: arrays or tensors [num_envs, ...] by their names."""
-        for name, value in row.items():
-            getattr(self, name)[self.length] = torch.as_tensor(value)
+    def add(self, obs, state, z, a_prev, sample, log_prob, value, reward, terminated, first):
+        """Write a row per environment: tensors [N, .] on the device, and three arrays [N]."""
+        given = to_device(np.stack([reward, terminated, first], -1), self.device)
+        numbers = torch.cat([torch.stack([log_prob, value], -1), given], -1)
+        self.rows[self.length] = torch.cat([obs, state, z, a_prev, sample, numbers], -1)
         self.length += 1
 
-    def clear(self):
-        """Begin a new rollout; returns the finished one as a dict of tensors [T + 1, N, ...]."""
-        length, self.length = self.length, 0
-        rows = {k: v[:length] for k, v in vars(self).items() if torch.is_tensor(v)}
-        return {name: to_device(value, self.device) for name, value in rows.items()}
+    def finish(self, value, first):
+        """V and `first` of the row after the last, with which the next rollout begins."""
+        self.value[self.length], self.first[self.length :] = value, 1
+        self.first[self.length] = to_device(first, self.device)
+        self.length = 0
+
+
+def demonstrated(episodes, widths, device):
+    """Episodes of an expert as a rollout, side by side, without what is known of a policy alone."""
+    longest = max(len(episode["actions"]) for episode in episodes)
+    rollout = Rollout(longest, len(episodes), widths, device)
+    for i, episode in enumerate(episodes):
+        column = {name: torch.tensor(array) for name, array in episode.items()}
+        n, action = len(column["actions"]), column["actions"]
+        rollout.obs[: n + 1, i] = column["observations"]
+        rollout.state[: n + 1, i] = column["critic_observations"]
+        rollout.a_prev[1 : n + 1, i], rollout.sample[:n, i, : action.shape[1]] = action, action
+        rollout.terminated[:n, i], rollout.first[n + 1 :, i] = column["terminations"], 1
+    return rollout
+
+
+class Batch(NamedTuple):
+    """Rows of a rollout; `state` is what the critic sees."""
+
+    obs: torch.Tensor  # [..., O], normalised
+    state: torch.Tensor  # [..., S], normalised
+    z: torch.Tensor  # [..., Z]
+    a_prev: torch.Tensor  # [..., A]
+    sample: torch.Tensor  # [..., .], what the policy drew
+    old_log_prob: torch.Tensor  # [...]
+    old_value: torch.Tensor  # [...], normalised like the returns
+    advantage: torch.Tensor  # [...]
+    returns: torch.Tensor  # [...], normalised
+    weight: torch.Tensor  # [...], 1 or 0, for a row that is no transition
+
+
+@torch.no_grad()
+def make_batch(rollout, actor, critic, args):
+    """The rows [T, N] of a rollout, with advantages and returns, of which V is told (Pop-Art)."""
+    weight, value = 1 - rollout.first[1:], rollout.value[:-1]
+    advantage = gae(rollout, weight, args.gamma, args.gae_lambda)
+    returns = advantage + value
+    update_returns(critic.returns, critic.head, returns, weight)
+    if args.norm_adv:
+        mean, var = moments(advantage, weight)
+        advantage = (advantage - mean) / (var.sqrt() + 1e-8)
+    obs, state = actor.normalizer(rollout.obs[:-1]), critic.normalizer(rollout.state[:-1])
+    return Batch(
+        obs, state, rollout.z[:-1], rollout.a_prev[:-1], rollout.sample[:-1], rollout.log_prob[:-1],
+        critic.returns(value), advantage, critic.returns(returns), weight,
+    )  # fmt: skip
+
+
+def gae(rollout, transition, gamma, gae_lambda):
+    """Generalised advantage estimates [T, N] (Schulman et al. 2016, eq. 16).
+
+    Time limits are bootstrapped through, as only `terminated` cuts delta. The sum ends with the
+    episode, as its final row is no `transition` [T, N], and gets 0.
+    """
+    next_value = (1 - rollout.terminated[:-1]) * rollout.value[1:]
+    delta = transition * (rollout.reward[:-1] + gamma * next_value - rollout.value[:-1])
+    decay = gamma * gae_lambda * transition
+    advantage = torch.zeros_like(rollout.value)
+    for t in reversed(range(len(delta))):
+        torch.addcmul(delta[t], decay[t], advantage[t + 1], out=advantage[t])
+    return advantage[:-1]
 
 
 def gaussian_log_prob(x, mean, log_std):
@@ -514,76 +316,28 @@ def gaussian_log_prob(x, mean, log_std):
     return -0.5 * standardized.square().sum(-1) - (log_std + 0.5 * math.log(2 * math.pi)).sum()
 
 
-def gaussian_entropy(log_std):
-    """Entropy of a diagonal Gaussian, in nats."""
-    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+LOSSES = "policy_loss", "value_loss", "old_approx_kl", "approx_kl", "clipfrac", "entropy"
 
 
-def gae(reward, value, terminated, valid, gamma, gae_lambda):
-    """Generalised advantage estimates [T, N] (Schulman et al. 2016, eq. 16); 0 where not `valid`.
+def ppo_loss(log_prob, value, log_std, batch, args):
+    """L(pi) + vf_coef L(V) - ent_coef entropy of a minibatch; and its `LOSSES` [6], detached."""
+    assert log_prob.shape == value.shape == batch.weight.shape, "[B, 1] * [B] would be [B, B]"
+    weight = batch.weight / batch.weight.sum().clamp(min=1)
+    # rho = 1 where there is no weight: it could be infinite, and infinity times 0 is NaN
+    log_ratio = torch.where(weight > 0, log_prob - batch.old_log_prob, 0)
+    ratio, advantage, eps = log_ratio.exp(), batch.advantage, args.clip_coef
 
-    `value` has one row more, [T + 1, N]. Time limits are bootstrapped through, as only `terminated`
-    cuts delta. The sum ends with the episode, as its final row is not a `valid` transition.
-    """
-    delta = valid * (reward + gamma * ~terminated * value[1:] - value[:-1])
-    decay = gamma * gae_lambda * valid
-    advantage = torch.zeros_like(value)
-    for t in reversed(range(len(delta))):
-        torch.addcmul(delta[t], decay[t], advantage[t + 1], out=advantage[t])
-    return advantage[:-1]
-
-
-def clipped_policy_loss(log_prob, old_log_prob, advantage, clip_coef):
-    """-min(rho A, clip(rho, 1 - eps, 1 + eps) A) [B] (Schulman et al. 2017, eq. 7); log rho [B].
-
-    ValueError unless all three are [B]: [B, 1] and [B] would be multiplied to [B, B], without a
-    word.
-    """
-    if log_prob.ndim != 1 or not log_prob.shape == old_log_prob.shape == advantage.shape:
-        shapes = [tuple(x.shape) for x in (log_prob, old_log_prob, advantage)]
-        raise ValueError(f"log_prob, old_log_prob and advantage must be [B], and are {shapes}")
-    log_ratio = log_prob - old_log_prob
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    return -torch.min(ratio * advantage, clipped * advantage), log_ratio.detach()
-
-
-def value_loss(value, old_value, returns, clip_coef):
-    """(V - R)^2 / 2 [B]; with a `clip_coef`, of V or V clipped near its old value, the worse."""
-    error = (value - returns).square()
-    if clip_coef is not None:
-        clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
-        error = torch.max(error, (clipped - returns).square())
-    return 0.5 * error
-
-
-class Batch(NamedTuple):
-    """B transitions of a rollout; `state` is what the critic sees."""
-
-    obs: torch.Tensor  # [B, O], normalised
-    state: torch.Tensor  # [B, S], normalised
-    z: torch.Tensor  # [B, Z]
-    a_prev: torch.Tensor  # [B, A]
-    sample: torch.Tensor  # [B, A + Z], a and z'
-    old_log_prob: torch.Tensor  # [B]
-    old_value: torch.Tensor  # [B], normalised like the returns
-    advantage: torch.Tensor  # [B]
-    returns: torch.Tensor  # [B], normalised
-
-
-def ppo_loss(log_prob, value, entropy, batch, args, mean=torch.mean):
-    """L(pi) + vf_coef L(V) - ent_coef entropy; its parts, for the log; and log rho [B].
-
-    `mean` is that of a loss [B] over the transitions.
-    """
-    pg_loss, log_ratio = clipped_policy_loss(
-        log_prob, batch.old_log_prob, batch.advantage, args.clip_coef
-    )
-    clip_value = args.clip_coef if args.clip_vloss else None
-    v_loss = value_loss(value, batch.old_value, batch.returns, clip_value)
-    pg_loss, v_loss = mean(pg_loss), mean(v_loss)
-    loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
-    return loss, dict(policy_loss=pg_loss, value_loss=v_loss, entropy=entropy), log_ratio
+    # -min(rho A, clip(rho, 1 - eps, 1 + eps) A), Schulman et al. 2017, eq. 7
+    policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage)
+    value_loss = 0.5 * (value - batch.returns).square()
+    if args.clip_vloss:  # of V, or of V clipped near its old value, the worse
+        near = batch.old_value + (value - batch.old_value).clamp(-eps, eps)
+        value_loss = torch.max(value_loss, 0.5 * (near - batch.returns).square())
+    kl, clipped = ratio - 1 - log_ratio, (ratio - 1).abs() > eps
+    losses = [(weight * x).sum() for x in (policy_loss, value_loss, -log_ratio, kl, clipped)]
+    entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+    loss = losses[0] + args.vf_coef * losses[1] - args.ent_coef * entropy
+    return loss, torch.stack([*losses, entropy]).detach()
 
 
 def s2pg_ppo_loss(actor, critic, batch, args):
@@ -591,246 +345,147 @@ def s2pg_ppo_loss(actor, critic, batch, args):
     mean = actor(batch.obs, batch.z, batch.a_prev)
     log_prob = gaussian_log_prob(batch.sample, mean, actor.log_std)
     value = critic(batch.state, batch.z, batch.a_prev)
-    return ppo_loss(log_prob, value, gaussian_entropy(actor.log_std), batch, args)
+    return ppo_loss(log_prob, value, actor.log_std, batch, args)
 
 
-class S2PGPPO:
-    """Networks and optimiser, and the update that trains them.
+def discriminator_loss(discriminator, rows, weight, expert_rows, args):
+    """E_expert[-log D] + E_policy[-log(1 - D)] - c H(D), H over both; also H, detached."""
+    weight = torch.cat([weight / weight.sum(), torch.full_like(weight, 1 / len(weight))])
+    logit = discriminator(torch.cat([rows, expert_rows])).squeeze(-1)
+    is_expert = torch.cat([torch.zeros_like(rows[:, 0]), torch.ones_like(rows[:, 0])])
+    bce, entropy = (
+        F.binary_cross_entropy_with_logits(logit, target, weight, reduction="sum")
+        for target in (is_expert, logit.sigmoid())
+    )
+    return bce - args.discriminator_entropy * entropy / 2, entropy.detach() / 2
 
-    `privileged` makes no difference: a rollout is short enough to hold what both see twice.
-    """
 
-    def __init__(self, args, obs_dim, critic_dim, action_dim, privileged, device):
-        self.args, self.device, self.action_dim = args, device, action_dim
-        state_dim = 0 if args.memoryless else args.state_dim
-        actor = GaussianStatefulActor(
-            obs_dim, action_dim, state_dim, args.rnn, args.std, args.std_z
-        )
-        self.actor, self.z_dim = actor.to(device), actor.z_dim
-        self.critic = Critic(critic_dim, self.z_dim, action_dim).to(device)
-        self.parameters = [*self.actor.parameters(), *self.critic.parameters()]
-        self.lr = torch.tensor(args.learning_rate, device=device)  # for a graph to read
+class S2PGGAIL(nn.Module):
+    """Networks and optimisers, and the update that trains them."""
+
+    def __init__(self, args, env, device):
+        super().__init__()
+        self.args, self.device = args, device
+        space = env.single_observation_space
+        obs_dim, critic_dim = (view.shape[0] for view in views(getattr(space, "spaces", space)))
+        self.action_dim = action_dim = env.single_action_space.shape[0]
+        self.actor = GaussianStatefulActor(obs_dim, action_dim, args)
+        self.z_dim = self.actor.z_dim
+        self.critic = Critic(critic_dim, self.z_dim, action_dim)
+        self.row_sizes = [obs_dim, critic_dim, self.z_dim, action_dim, action_dim + self.z_dim]
+        self.to(device)
         self.optimizer = torch.optim.Adam(
-            self.parameters, lr=self.lr, eps=1e-5, fused=True, capturable=args.cudagraphs
-        )
+            self.parameters(), torch.tensor(args.learning_rate, device=device), eps=1e-5,
+            fused=True, capturable=args.cudagraphs,
+        )  # fmt: skip
+        self.normalizer = RunningNormalizer(critic_dim, clip=10.0).to(device)  # of what D sees
+        self.discriminator = nn.Sequential(
+            nn.Linear(critic_dim + action_dim + 1, 512), nn.Tanh(),
+            nn.Linear(512, 256), nn.Tanh(), nn.Linear(256, 1),
+        ).to(device)  # fmt: skip
+        self.d_optimizer = torch.optim.Adam(self.discriminator.parameters(), args.discriminator_lr)
+        self.optimizers = [self.optimizer, self.d_optimizer]
         self.loss = torch.compile(s2pg_ppo_loss) if args.compile else s2pg_ppo_loss
         if args.cudagraphs:
             self.act, self.learn = Graphed(self.act), Graphed(self.learn)
-        self.static = None  # an index and a batch, in memory that a graph can read again and again
-        self.row_sizes = obs_dim, critic_dim, self.z_dim, action_dim
-
-    def make_rollout(self):
-        args = self.args
-        return Rollout(args.num_steps, args.num_envs, *self.row_sizes, self.device)
 
     @torch.no_grad()
     def act(self, obs, critic_obs, z, a_prev):
-        """Samples a [N, A] and z' [N, Z] with their joint log-density [N], and the value [N]."""
+        """A sample of (a, z') [N, A + Z], z' [N, Z], the density of both [N], and the value [N]."""
         mean = self.actor(self.actor.normalizer(obs), z, a_prev)
         sample = mean + self.actor.log_std.exp() * torch.randn_like(mean)
         log_prob = gaussian_log_prob(sample, mean, self.actor.log_std)
+        returns = self.critic.returns
         value = self.critic(self.critic.normalizer(critic_obs), z, a_prev)
-        a, z_next = sample.split([self.action_dim, self.z_dim], -1)
-        return a, z_next, log_prob, self.critic.returns.inverse(value)
+        return sample, sample[:, self.action_dim :], log_prob, returns.mean + returns.std * value
 
-    def update(self, rollout):
-        """Epochs over a rollout; returns what to log, as tensors on the device."""
-        args, rows = self.args, rollout.clear()
-        valid, value = ~rows["first"][1:], rows["value"][:-1]
-        advantage = gae(
-            rows["reward"][:-1], rows["value"], rows["terminated"][:-1], valid,
-            args.gamma, args.gae_lambda,
-        )  # fmt: skip
-        returns = advantage + value
-        update_returns(self.critic.returns, self.critic.head, returns[valid])
-        if args.norm_adv:
-            std, mean = torch.std_mean(advantage[valid], correction=0)
-            advantage = (advantage - mean) / (std + 1e-8)
-        batch = Batch(
-            obs=self.actor.normalizer(rows["obs"][:-1]),
-            state=self.critic.normalizer(rows["critic_obs"][:-1]),
-            z=rows["z"][:-1],
-            a_prev=rows["a_prev"][:-1],
-            sample=torch.cat([rows["action"][:-1], rows["z"][1:]], -1),
-            old_log_prob=rows["log_prob"][:-1],
-            old_value=self.critic.returns(value),
-            advantage=advantage,
-            returns=self.critic.returns(returns),
-        )
-        batch = Batch(*(column[valid] for column in batch))
+    def clone(self, expert):
+        """Behaviour cloning, E[|a - mu_a|^2], through time along 32 rows of all episodes."""
+        actor, weight = self.actor, 1 - expert.first[1:]
+        actor.normalizer.update(expert.obs[:-1], weight)
+        obs, std_z = actor.normalizer(expert.obs), actor.log_std[self.action_dim :].detach().exp()
+        optimizer = torch.optim.Adam(actor.parameters(), 1e-3)
+        chunks, z = torch.arange(len(weight)).split(32), expert.z[0]
+        for i in tqdm(range(self.args.bc_steps), "cloning", dynamic_ncols=True, leave=False):
+            rows, loss = chunks[i % len(chunks)], 0
+            z = z.detach() * int(rows[0] > 0)  # zeros when the episodes begin
+            for t in rows:
+                a, z = actor(obs[t], z, expert.a_prev[t]).tensor_split([self.action_dim], -1)
+                z = z + std_z * torch.randn_like(z)
+                error = (a - expert.sample[t, :, : self.action_dim]).square().sum(-1)
+                loss = loss + (weight[t] * error).sum() / weight[rows].sum()
+            descend(optimizer, loss)
+        return loss.detach()
 
-        n, most = len(batch.obs), args.num_steps * args.num_envs
-        if self.static is None:
-            static = Batch(*(column.new_zeros(most, *column.shape[1:]) for column in batch))
-            self.static = torch.zeros(most, dtype=torch.int64, device=self.device), static
-        for static, column in zip(self.static[1], batch):
-            static[:n] = column
+    def rows(self, rollout):
+        """What D sees, [s, a, 0] and once [0, 0, 1], the absorbing state; how often each counts."""
+        action = rollout.sample[..., : self.action_dim].clamp(-1, 1)
+        rows = torch.cat([self.normalizer(rollout.state), action], -1)[:-1]
+        rows = F.pad(rows.flatten(0, 1), (0, 1, 0, 1))
+        rows[-1, -1] = 1
+        weight = 1 - rollout.first[1:]
+        ended = self.args.absorbing * (weight * rollout.terminated[:-1]).sum()
+        return rows, torch.cat([weight.flatten(), ended.view(1) / (1 - self.args.gamma)])
 
-        size = min(n, math.ceil(most / args.num_minibatches))
-        minibatches = math.ceil(n / size)
+    def judge(self, rollout, expert):
+        """Train the discriminator, and set the rewards of the rollout to its own; what to log."""
+        args = self.args
+        for seen in (rollout, expert):  # both count alike
+            weight = 1 - seen.first[1:]
+            self.normalizer.update(seen.state[:-1], weight / weight.sum())
+        (rows, weight), (expert_rows, expert_weight) = self.rows(rollout), self.rows(expert)
+        for _ in range(args.discriminator_steps):
+            drawn = expert_rows[expert_weight.multinomial(len(rows), replacement=True)]
+            loss, entropy = discriminator_loss(self.discriminator, rows, weight, drawn, args)
+            descend(self.d_optimizer, loss)
+        with torch.no_grad():
+            logit, expert_logit = (self.discriminator(x).squeeze(-1) for x in (rows, drawn))
+            # -log(1 - D + 1e-8), or log D - log(1 - D)
+            reward = -(torch.sigmoid(-logit) + 1e-8).log() if args.reward == "gail" else logit
+            # that of the absorbing state, for ever, from the step after the last
+            forever = args.absorbing * reward[-1] * args.gamma / (1 - args.gamma)
+            rollout.reward[:-1] = reward[:-1].view_as(rollout.reward[:-1])
+            rollout.reward[:-1] += rollout.terminated[:-1] * forever
+        losses = dict(discriminator_loss=loss.detach(), discriminator_entropy=entropy)
+        losses["accuracy_policy"], _ = moments((logit < 0).to(weight.dtype)[:-1], weight[:-1])
+        losses["accuracy_expert"] = (expert_logit > 0).float().mean()
+        losses["imitation_reward"], _ = moments(reward[:-1], weight[:-1])
+        if args.absorbing:
+            losses["absorbing_reward"] = reward[-1]
+        return losses
+
+    def update(self, rollout, expert):
+        """The discriminator, its rewards, and PPO with them; returns what to log, as tensors."""
+        judged = self.judge(rollout, expert)
+        args, minibatches = self.args, self.args.num_minibatches
+        rows = make_batch(rollout, self.actor, self.critic, args)
+        batch = Batch(*(column.flatten(0, 1) for column in rows))
+        size = len(batch.weight) // minibatches
         for _ in range(args.update_epochs):
-            # all of one size, as a graph needs it: the last takes what it lacks from the first
-            order = torch.randperm(n, device=self.device).repeat(2)
-            log_ratios = []
+            order, total = torch.randperm(len(batch.weight), device=self.device), 0
             for index in order[: minibatches * size].view(minibatches, size):
-                self.static[0][:size] = index
-                losses, log_ratio = self.learn(size)
-                log_ratios.append(log_ratio.clone())
-            log_ratio = torch.cat(log_ratios)
-            ratio = log_ratio.exp()
-            approx_kl = (ratio - 1 - log_ratio).mean()
-            if args.target_kl is not None and approx_kl > args.target_kl:
+                total = total + self.learn(*(column[index] for column in batch))
+            losses = dict(zip(LOSSES, total / minibatches))
+            if losses["approx_kl"] > args.target_kl:
                 break
+        self.actor.normalizer.update(rollout.obs[:-1], rows.weight)
+        self.critic.normalizer.update(rollout.state[:-1], rows.weight)
+        _, unexplained = moments(rows.returns - rows.old_value, rows.weight)
+        _, variance = moments(rows.returns, rows.weight)
+        losses["explained_variance"] = 1 - unexplained / (variance + 1e-8)
+        return {f"losses/{name}": value for name, value in (judged | losses).items()}
 
-        # the next rollout acts with new statistics, so that within one the policy is one policy
-        self.actor.normalizer.update(rows["obs"][:-1].flatten(0, 1))
-        self.critic.normalizer.update(rows["critic_obs"][:-1].flatten(0, 1))
-        unexplained = (returns - value)[valid].var(correction=0)
-        losses = losses | dict(
-            old_approx_kl=-log_ratio.mean(), approx_kl=approx_kl,
-            clipfrac=((ratio - 1).abs() > args.clip_coef).float().mean(),
-            explained_variance=1 - unexplained / (returns[valid].var(correction=0) + 1e-8),
-        )  # fmt: skip
-        return {f"losses/{name}": value.detach() for name, value in losses.items()}
-
-    def learn(self, size):
-        """A gradient step on the first `size` of the index; returns losses and log rho [size]."""
-        index, batch = self.static
-        minibatch = Batch(*(column[index[:size]] for column in batch))
-        loss, losses, log_ratio = self.loss(self.actor, self.critic, minibatch, self.args)
+    def learn(self, *columns):
+        """A gradient step on a minibatch; returns its `LOSSES`."""
+        loss, losses = self.loss(self.actor, self.critic, Batch(*columns), self.args)
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
+        nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.args.max_grad_norm)
         self.optimizer.step()
-        return {name: value.detach() for name, value in losses.items()}, log_ratio
+        return losses
 
 
-class S2PGGAIL(S2PGPPO):
-    """S2PG-PPO whose rewards come from a discriminator, and never from the task."""
-
-    def __init__(self, args, obs_dim, critic_dim, action_dim, privileged, device):
-        super().__init__(args, obs_dim, critic_dim, action_dim, privileged, device)
-        self.seen = "critic_obs" if args.discriminator_sees == "critic" else "obs"
-        seen_dim = critic_dim if args.discriminator_sees == "critic" else obs_dim
-        self.discriminator = Discriminator(seen_dim, action_dim).to(device)
-        self.discriminator_optimizer = torch.optim.Adam(
-            self.discriminator.parameters(), lr=args.discriminator_lr, fused=True
-        )
-        self.rollouts = torch.tensor(0)  # how many there were; a tensor goes into the checkpoint
-
-    def clone(self, demonstrations, stopped):
-        """Behaviour cloning, with the statistics of what the expert saw; returns its last loss."""
-        self.actor.normalizer.update(demonstrations.obs[demonstrations.valid])
-        return behaviour_cloning(self.unroll, self.actor, demonstrations, self.args, stopped)
-
-    def unroll(self, obs, z, a_prev):
-        """The noise-free action [B, A] and a sample of z' [B, Z], both with gradients."""
-        mean = self.actor(self.actor.normalizer(obs), z, a_prev)
-        a, mean_z = mean.split([self.action_dim, self.z_dim], -1)
-        std_z = self.actor.log_std[self.action_dim :].detach().exp()
-        return a, mean_z + std_z * torch.randn_like(mean_z)
-
-    def update(self, rollout, demonstrations):
-        """The discriminator, its rewards, and PPO with them; returns what to log, as tensors."""
-        args, n = self.args, rollout.length - 1
-        first, ended = (to_device(x, self.device) for x in (rollout.first, rollout.terminated))
-        valid, ended = ~first[1 : n + 1], ended[:n] & args.absorbing
-        state, action = getattr(rollout, self.seen)[:n], rollout.action[:n].clamp(-1, 1)
-        policy_rows = discriminator_rows(state[valid], action[valid], ended[valid])
-        expert_rows = self.expert_rows(demonstrations)
-        if int(self.rollouts) % args.discriminator_frequency == 0:
-            self.train_discriminator(policy_rows, expert_rows)
-        self.rollouts += 1
-
-        with torch.no_grad():
-            absorbing_row = torch.zeros_like(policy_rows[0])
-            absorbing_row[-1] = 1
-            logit = self.discriminator(torch.cat([policy_rows, absorbing_row[None]]))
-            rewards = imitation_reward(logit, args.reward)
-            reward, absorbing_reward = rewards[: int(valid.sum())], rewards[-1]
-            # those of the absorbing state, for ever, from the step after the last
-            rows = ended * absorbing_reward * args.gamma / (1 - args.gamma)
-            rows[valid] += reward
-            rollout.reward[:n] = rows
-            losses = self.discriminator_metrics(policy_rows, expert_rows)
-        losses["imitation_reward"] = reward.mean()
-        if args.absorbing:
-            losses["absorbing_reward"] = absorbing_reward
-        return super().update(rollout) | {f"losses/{k}": value for k, value in losses.items()}
-
-    def expert_rows(self, data):
-        """What the discriminator sees of the demonstrations."""
-        state, ended = getattr(data, self.seen), data.terminated & self.args.absorbing
-        return discriminator_rows(state[data.valid], data.action[data.valid], ended[data.valid])
-
-    def train_discriminator(self, policy_rows, expert_rows):
-        """Gradient steps on all rows of the policy, and each time as many drawn of the expert's."""
-        policy, expert = (rows[rows[:, -1] == 0] for rows in (policy_rows, expert_rows))
-        for rows in (policy, draw(expert, len(policy))):
-            self.discriminator.normalizer.update(rows[:, : self.discriminator.state_dim])
-        for _ in range(self.args.discriminator_steps):
-            loss, _ = discriminator_loss(
-                self.discriminator, policy_rows, draw(expert_rows, len(policy_rows)),
-                self.args.discriminator_entropy, self.args.gamma,
-            )  # fmt: skip
-            descend(self.discriminator_optimizer, loss)
-
-    def discriminator_metrics(self, policy_rows, expert_rows):
-        """Loss, entropy and accuracy on both sides, on as many rows of each."""
-        expert_rows = draw(expert_rows, len(policy_rows))
-        loss, entropy = discriminator_loss(
-            self.discriminator, policy_rows, expert_rows,
-            self.args.discriminator_entropy, self.args.gamma,
-        )  # fmt: skip
-        return dict(
-            discriminator_loss=loss, discriminator_entropy=entropy,
-            accuracy_policy=(self.discriminator(policy_rows) < 0).float().mean(),
-            accuracy_expert=(self.discriminator(expert_rows) > 0).float().mean(),
-        )  # fmt: skip
-
-
-Agent = S2PGGAIL  # what `train` and `replay` work with
-
-
-class Graphed:
-    """`function`, captured as a CUDA graph in its fourth call and replayed from then on.
-
-    All its kernels then take one launch. A replay repeats the kernels and not the Python, so what
-    changes between two calls must lie in tensors that are written in place; and it overwrites
-    what the call before returned. There is one graph for each combination of arguments, of which
-    tensors have to be the same objects.
-    """
-
-    def __init__(self, function):
-        self.function, self.calls, self.graphs = function, collections.Counter(), {}
-
-    def __call__(self, *args):
-        self.calls[args] += 1
-        if self.calls[args] <= 3:  # on a side stream, as the capture: they create what it reuses
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream), warnings.catch_warnings():
-                # of an optimiser that is made for a graph and not in one yet
-                warnings.filterwarnings("ignore", message=".*capturable=True")
-                result = self.function(*args)
-            torch.cuda.current_stream().wait_stream(stream)
-            return result
-        if args not in self.graphs:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                result = self.function(*args)
-            self.graphs[args] = graph, result
-        graph, result = self.graphs[args]
-        graph.replay()
-        return result
-
-
-def to_device(array, device):
-    """A host array as a tensor; to a CUDA card through page-locked memory, without waiting."""
-    tensor = torch.as_tensor(array)
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
+Agent = S2PGGAIL  # what `train` works with
 
 
 def descend(optimizer, loss):
@@ -840,416 +495,206 @@ def descend(optimizer, loss):
     optimizer.step()
 
 
-def make_env(args, num_envs, video_folder=None):
-    """A vector environment: observations `Dict(policy, critic)`, actions in [-1, 1].
+class Graphed:
+    """`function` as a CUDA graph from its fourth call on: all its kernels take one launch.
 
-    Register an environment of your own and name it in --env-id, or put it in the place of
-    `envs.make`: it then has that Dict itself, and an attribute `critic_sees_more`.
+    Tensor arguments are copied to where it reads them. The next call overwrites the result.
     """
 
-    def make_one(index):
-        film = video_folder is not None and index == 0
-        env = envs.make(
-            args.env_id, hide=args.hide, random_bodies=args.random_bodies, wind=args.wind,
-            privileged_critic=args.privileged_critic, render_mode="rgb_array" if film else None,
-            **args.env_kwargs,
-        )  # fmt: skip
-        if film:
-            try:
-                env.reset(seed=args.seed)
-                env.render()
-                env = gym.wrappers.RecordVideo(env, video_folder, disable_logger=True)
-            except Exception as error:  # graphics drivers raise what they like
-                raise ValueError(
-                    f"cannot record video: {error!r} (without a screen, MUJOCO_GL=egl may help)"
-                ) from error
-        env = gym.wrappers.RecordEpisodeStatistics(env)
-        return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    def __init__(self, function):
+        self.function, self.calls = function, 0
 
-    makers = [functools.partial(make_one, index) for index in range(num_envs)]
-    return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
-
-
-def dimensions(env):
-    """Sizes of the policy's observation, the critic's and the action; does the critic see more?"""
-    space = env.single_observation_space
-    sizes = space["policy"].shape[0], space["critic"].shape[0], env.single_action_space.shape[0]
-    return *sizes, env.get_attr("critic_sees_more")[0]
+    def __call__(self, *args):
+        if self.calls == 0:
+            self.args = [arg.clone() if torch.is_tensor(arg) else arg for arg in args]
+        for static, arg in zip(self.args, args):
+            if torch.is_tensor(arg):
+                static.copy_(arg)
+        self.calls += 1
+        if self.calls < 4:  # on a side stream: these create what the graph reuses
+            torch.cuda.synchronize()
+            with torch.cuda.stream(torch.cuda.Stream()):
+                result = self.function(*self.args)
+            torch.cuda.synchronize()
+            return result
+        if self.calls == 4:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self.function(*self.args)
+        self.graph.replay()
+        return self.result
 
 
-def env_seed(args, step, evaluation=False):
-    """The seed of the first environment from `step` on; the others have the next ones.
-
-    Runs of other seeds, and evaluation, are given other episodes.
-    """
-    sequence = np.random.SeedSequence([args.seed, evaluation, step])
-    return int(sequence.generate_state(1)[0] >> 1)  # an int32, as some environments want it
+def to_device(array, device):
+    """A float32 copy of a host array, sent without waiting for what the device is doing."""
+    return torch.tensor(array, dtype=torch.float32).to(device, non_blocking=True)
 
 
-def evaluate(actor, env, episodes, deterministic, seed):
-    """Play `episodes` episodes, an equal share in each environment; returns a list of them.
+def make_env(args, num_envs):
+    """Your own may be any vector environment with actions in [-1, 1] and next-step autoreset."""
+    import envs
 
-    An episode of T steps is a dict of arrays: `observations` (the policy's) and
-    `critic_observations` [T + 1, .], `actions` [T, A] in the environment's own units, `rewards`,
-    `terminations` and `truncations` [T], and `successes` [T] where the environment reports an
-    `info["success"]`. The random numbers of training go on as if never used.
-    """
-    device, n = next(actor.parameters()).device, env.num_envs
-    space = env.get_attr("unwrapped")[0].action_space
-    shares = [len(range(i, episodes, n)) for i in range(n)]
-    rows, played = [[] for _ in range(n)], [[] for _ in range(n)]
-    names = ["actions", "rewards", "terminations", "truncations"]
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        obs, _ = env.reset(seed=seed)
-        z = torch.zeros(n, actor.z_dim, device=device)
-        a_prev = torch.zeros(n, actor.action_dim, device=device)
-        final = np.zeros(n, dtype=bool)  # rows that hold the last observation of an episode
-        while any(len(p) < share for p, share in zip(played, shares)):
-            policy_obs = to_device(obs["policy"], device)
-            action, z = actor.act(policy_obs, z, a_prev, deterministic)
-            a = action.cpu().numpy()
-            next_obs, reward, terminated, truncated, info = env.step(a)
-            a = space.low + 0.5 * (a + 1) * (space.high - space.low)
-            success = info.get("success", np.zeros(n, dtype=bool))
-            columns = obs["policy"], obs["critic"], a, reward, terminated, truncated, success
-            if "success" in info and "successes" not in names:
-                names.append("successes")
-            for i, row in enumerate(zip(*columns)):
-                rows[i].append(row)
-                if len(rows[i]) > 100_000:
-                    raise ValueError("no end of an episode in 100 000 steps; set max_episode_steps")
-                if final[i]:
-                    played[i].append([np.array(column) for column in zip(*rows[i])])
-                    rows[i] = []
-            keep = to_device(~final, device).unsqueeze(-1)
-            z, a_prev = z * keep, action * keep
-            obs, final = next_obs, terminated | truncated
-    return [
-        dict(observations=o, critic_observations=s) | {k: v[:-1] for k, v in zip(names, rest)}
-        for p, share in zip(played, shares)
-        for o, s, *rest in p[:share]
-    ]
+    options = dict(hide=args.hide, privileged_critic=args.privileged_critic)
+    return envs.make_vec(args.env_id, num_envs, **options, **args.env_kwargs)
 
 
-def log_returns(writer, actor, env, args, step):
-    """Evaluate the actor, log its mean returns, and return them by mode."""
-    result = {}
-    for mode in ("deterministic", "stochastic"):
-        deterministic, seed = mode == "deterministic", env_seed(args, step, evaluation=True)
-        episodes = evaluate(actor, env, args.eval_episodes, deterministic, seed)
-        result[mode] = np.mean([episode["rewards"].sum() for episode in episodes])
-        writer.add_scalar(f"eval/return_{mode}", result[mode], step)
-        if "successes" in episodes[0]:
-            successes = [episode["successes"].any() for episode in episodes]
-            writer.add_scalar(f"eval/success_{mode}", np.mean(successes), step)
-    return result
+def views(obs):
+    """What the policy and what the critic sees; where it is no dict, both see all of it."""
+    return (obs["policy"], obs["critic"]) if isinstance(obs, dict) else (obs, obs)
 
 
-def check_finite(tensors):
-    """FloatingPointError that names the first of `tensors` (a dict) with a NaN or an infinity."""
-    for name, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise FloatingPointError(f"{name} is not finite")
-
-
-def save_checkpoint(run_dir, agent, state):
+def save_run(run_dir, agent, **state):
     """Write RUN/checkpoint.pt whole or not at all, so that a kill leaves the last good one."""
-    for network in (agent.actor, agent.critic):
-        check_finite(network.state_dict())
-    path = os.path.join(run_dir, "checkpoint.pt")
-    parts = {k: v.state_dict() for k, v in vars(agent).items() if hasattr(v, "state_dict")}
-    tensors = {k: v.detach() for k, v in vars(agent).items() if torch.is_tensor(v)}
-    agent_state = dict(algorithm=type(agent).__name__, parts=parts, tensors=tensors)
-    torch.save(agent_state | state, path + ".tmp")
-    os.replace(path + ".tmp", path)
+    if not all(p.isfinite().all() for p in agent.parameters()):
+        sys.exit(f"the weights are not finite any more; {run_dir} keeps its last checkpoint")
+    state |= dict(agent=agent.state_dict(), optimizers=[o.state_dict() for o in agent.optimizers])
+    torch.save(state, run_dir / "checkpoint.pt.tmp")
+    (run_dir / "checkpoint.pt.tmp").replace(run_dir / "checkpoint.pt")
 
 
-def load_checkpoint(run_dir, agent):
-    """Load RUN/checkpoint.pt into `agent`; returns all of it. ValueError where it does not fit."""
-    path = os.path.join(run_dir, "checkpoint.pt")
+def load_run(run_dir, agent):
+    """Go on from RUN/checkpoint.pt; returns its global step and seconds of training."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{run_dir} holds no checkpoint.pt") from None
-    except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged, or no checkpoint") from error
-    if not isinstance(state, dict) or state.get("algorithm") != type(agent).__name__:
-        raise ValueError(f"{path} is no checkpoint of {type(agent).__name__}")
-    try:
-        for name, saved in state["parts"].items():
-            part = getattr(agent, name)
-            before = getattr(part, "param_groups", [])
-            part.load_state_dict(saved)
-            for group, own in zip(getattr(part, "param_groups", []), before):
-                # the options, or the device, may want another
-                group |= dict(lr=own["lr"], capturable=own["capturable"])
-        for name, tensor in state["tensors"].items():
-            getattr(agent, name).data.copy_(tensor)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} holds networks of other sizes than these options") from error
-    return state
-
-
-def passed(every, last_step, step):
-    """Whether a multiple of `every` lies in (last_step, step]; never if `every` is 0."""
-    return every > 0 and step // every > last_step // every
-
-
-def choose_device(args):
-    """CUDA if there is a card and `args` allow it; without one, what is for CUDA alone is off."""
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and (args.compile or args.cudagraphs):
-        args.compile = args.cudagraphs = False
-        print("--compile and --cudagraphs are off, as no CUDA card is used")
-    return device
+        state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        agent.load_state_dict(state["agent"])
+    except Exception as error:  # torch raises what it likes
+        sys.exit(f"{run_dir} has no checkpoint that fits these options: {error!r}")
+    for optimizer, saved in zip(agent.optimizers, state["optimizers"]):
+        groups = optimizer.state_dict()["param_groups"]  # learning rates are those of the options
+        optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
+    return state["global_step"], state["seconds"]
 
 
 def train(args):
-    asked_for = vars(args) | dict(resume=None)
-    device = choose_device(args)
-    torch.manual_seed(args.seed)
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}"
-    run_dir = os.path.normpath(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
+    import envs.demonstrations
 
-    videos = f"{run_dir}/videos/training-{time.time():.0f}" if args.capture_video else None
-    env = make_env(args, args.num_envs, videos)
-    eval_env = make_env(args, min(args.eval_episodes, 8))
-    sizes = dimensions(env)
-    agent = Agent(args, *sizes, device)
-    rollout = agent.make_rollout()
-    demonstrations = Demonstrations(
-        envs.demonstrations.load(args.demonstrations, env.envs[0], args.demonstration_episodes),
-        device,
-    )
-    global_step, seconds = 0, 0.0
-    if args.resume:
-        state = load_checkpoint(run_dir, agent)
-        global_step, seconds = state["global_step"], state["seconds"]
-        if global_step >= args.total_timesteps:
-            raise ValueError(f"{run_dir} has done {global_step} steps; raise --total-timesteps")
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
-    os.makedirs(run_dir, exist_ok=True)
-    args_path = os.path.join(run_dir, "args.json")
-    with open(args_path + ".tmp", "w") as file:
-        json.dump(asked_for, file, indent=2)
-    os.replace(args_path + ".tmp", args_path)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and (args.compile or args.cudagraphs):
+        sys.exit("--compile and --cudagraphs need a CUDA card")
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}"
+    run_dir = Path(args.resume or "runs/" + name.replace("/", "_").replace(":", "_"))
+
+    env = make_env(args, args.num_envs)
+    eval_env = make_env(args, min(args.eval_episodes, 8)) if args.eval_frequency else None
+    agent = Agent(args, env, device)
+    rollout = Rollout(args.num_steps, args.num_envs, agent.row_sizes, device)
+    episodes = envs.demonstrations.load(args.demonstrations, env, args.demonstration_episodes)
+    expert = demonstrated(episodes, agent.row_sizes, device)
+    global_step, seconds = load_run(run_dir, agent) if args.resume else (0, 0.0)
+    if args.total_timesteps <= global_step:
+        sys.exit(f"{global_step} steps are done: raise --total-timesteps")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    saved_args = vars(args) | dict(resume=None, script=Path(__file__).name)
+    (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
     if args.track:
         import wandb
 
         wandb.init(
             project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
-            name=os.path.basename(run_dir), id=os.path.basename(run_dir)[-64:], resume="allow",
-            sync_tensorboard=True, save_code=True,
+            id=run_dir.name[-64:], resume="allow", sync_tensorboard=True,
         )  # fmt: skip
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
 
-    def stop(signum, frame):
-        stop_signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)  # the second one does not wait
+    def evaluate(step, seconds):
+        result = envs.returns(agent.actor, eval_env, args.eval_episodes, args.seed, step)
+        writer.add_scalar("charts/seconds", seconds, step)
+        for name, value in result.items():
+            writer.add_scalar(f"eval/{name}", value, step)
+        means = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+        bar.write(f"step {step}: {means}")
 
-    stop_signals = []
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    # as if the run had never stopped: `seconds` are those of training, without evaluations
-    start_time = time.time() - seconds
-    rollout_step, rollout_seconds = global_step, seconds  # of the last update
-    returns, metrics, result = collections.deque(maxlen=10), {}, {}
-    # what the agent acts on is written in place, where a graph reads it
-    both_obs = torch.zeros(args.num_envs, sum(sizes[:2]), device=device)
-    policy_obs, critic_obs = both_obs.split(sizes[:2], -1)
+    update_step, start_time, leaving = global_step, time.time() - seconds, False
+    writer.add_scalar("charts/expert_return", np.mean([e["rewards"].sum() for e in episodes]), 0)
+    if args.bc_steps and not args.resume:
+        writer.add_scalar("losses/bc_loss", agent.clone(expert), 0)
+        seconds = time.time() - start_time
+        if args.eval_frequency:
+            evaluate(0, seconds)
+        start_time = time.time() - seconds
+    stopped_by = []
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
-    def see(obs):
-        both_obs.copy_(to_device(np.concatenate([obs["policy"], obs["critic"]], -1), device))
-
-    see(env.reset(seed=env_seed(args, global_step))[0])  # a resumed run: new episodes
+    obs, _ = env.reset(seed=1000 * args.seed + global_step)  # a resumed run: new episodes
     z = torch.zeros(args.num_envs, agent.z_dim, device=device)
     a_prev = torch.zeros(args.num_envs, agent.action_dim, device=device)
     first = np.ones(args.num_envs, dtype=bool)  # rows that begin an episode
     final = np.zeros(args.num_envs, dtype=bool)  # rows that hold its last observation
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
-    with writer, bar:
-        writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
-        writer.add_scalar("charts/expert_return", np.mean(demonstrations.returns), global_step)
-        if args.bc_steps > 0 and not args.resume:
-            loss = agent.clone(demonstrations, stop_signals)
-            if stop_signals:
-                print("stopped while cloning, of which nothing is saved")
-                sys.exit(128 + stop_signals[0])
-            writer.add_scalar("losses/bc_loss", loss, global_step)
-            seconds = rollout_seconds = time.time() - start_time
-            writer.add_scalar("charts/seconds", seconds, global_step)
-            result = log_returns(writer, agent.actor, eval_env, args, global_step)
-            start_time = time.time() - seconds
-        while True:
-            action, z_next, log_prob, value = agent.act(policy_obs, critic_obs, z, a_prev)
-            clipped = action.clamp(-1, 1)
-            a = clipped.cpu().numpy()
-            if not np.isfinite(a).all():
-                check_finite(metrics | {"the action": action})  # raises; losses may be the cause
-            next_obs, _, terminated, truncated, info = env.step(a)
-            rollout.add(  # without the reward
-                obs=policy_obs, critic_obs=critic_obs, z=z, a_prev=a_prev, action=action,
-                log_prob=log_prob, value=value, terminated=terminated, first=first,
-            )  # fmt: skip
-
-            # a final row is no step: the environment ignores its action and begins anew ...
-            last_step, env_step = global_step, global_step + np.cumsum(~final)
-            global_step = int(env_step[-1])
-            bar.update(global_step - last_step)
-            for i in np.flatnonzero(info.get("_episode", [])):
-                returns.append(info["episode"]["r"][i])
-                writer.add_scalar("charts/episodic_return", info["episode"]["r"][i], env_step[i])
-                writer.add_scalar("charts/episodic_length", info["episode"]["l"][i], env_step[i])
-                bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
-            # ... and so does the memory
-            keep = to_device(~final, device).unsqueeze(-1)
-            torch.mul(z_next, keep, out=z)
-            torch.mul(clipped, keep, out=a_prev)
-            see(next_obs)
-            first, final = final, terminated | truncated
-
-            finished, stopped = global_step >= args.total_timesteps, bool(stop_signals)
-            if rollout.length == args.num_steps or finished:
-                *_, value = agent.act(policy_obs, critic_obs, z, a_prev)
-                rollout.add(z=z, value=value, first=first)
-                lr = args.learning_rate
-                if args.anneal_lr:
-                    lr *= 1 - rollout_step / args.total_timesteps
-                agent.lr.fill_(lr)
-                metrics, rollout_step = agent.update(rollout, demonstrations), global_step
-                rollout_seconds = time.time() - start_time
-                check_finite(metrics)
-                for name, value in metrics.items():
-                    writer.add_scalar(name, value, global_step)
-                writer.add_scalar("charts/learning_rate", lr, global_step)
-                sps = global_step / (time.time() - start_time)
-                writer.add_scalar("charts/SPS", sps, global_step)
-            if finished or passed(args.eval_frequency, last_step, global_step):
-                seconds = time.time() - start_time
-                writer.add_scalar("charts/seconds", seconds, global_step)
-                result = log_returns(writer, agent.actor, eval_env, args, global_step)
-                start_time = time.time() - seconds
-            save = finished or passed(args.checkpoint_frequency, last_step, global_step)
-            if save or stopped:
-                # what came after the last update is lost, and is to be played again
-                state = dict(
-                    global_step=rollout_step, seconds=rollout_seconds, rng=torch.get_rng_state()
-                )
-                if device.type == "cuda":
-                    state["cuda_rng"] = torch.cuda.get_rng_state(device)
-                check_finite(metrics)
-                save_checkpoint(run_dir, agent, state)
-            if finished or stopped:
-                break
-    env.close()
-    eval_env.close()
-    if not finished:
-        print(f"stopped at step {rollout_step}; go on with --resume {run_dir}")
-        sys.exit(128 + stop_signals[0])
-    result = ", ".join(f"{mode} {mean:.1f}" for mode, mean in result.items())
-    print(f"{run_dir}: return at step {global_step}: {result}")
-
-
-def replay(args):
-    """Evaluate a trained policy: print its returns, record videos and demonstrations."""
-    device = choose_device(args)
-    for mode in ("deterministic", "stochastic"):
-        deterministic = mode == "deterministic"
-        videos = f"{args.evaluate}/videos/evaluation-{time.time():.0f}"
-        film = args.capture_video and deterministic
-        env = make_env(args, min(args.eval_episodes, 8), videos if film else None)
-        agent = Agent(args, *dimensions(env), device)
-        load_checkpoint(args.evaluate, agent)
-        seed = env_seed(args, 0, evaluation=True)
-        episodes = evaluate(agent.actor, env, args.eval_episodes, deterministic, seed)
-        env.close()
-        returns = [episode["rewards"].sum() for episode in episodes]
-        length = np.mean([len(episode["rewards"]) for episode in episodes])
-        success = ""
-        if "successes" in episodes[0]:
-            rate = np.mean([episode["successes"].any() for episode in episodes])
-            success = f", success {rate:.0%}"
-        print(
-            f"{mode}: return {np.mean(returns):.1f} +- {np.std(returns):.1f}, length {length:.0f}, "
-            f"{len(episodes)} episodes{success}"
+    while not leaving:
+        policy_obs, critic_obs = (to_device(view, device) for view in views(obs))
+        sample, z_next, log_prob, value = agent.act(policy_obs, critic_obs, z, a_prev)
+        action = sample[:, : agent.action_dim].clamp(-1, 1)
+        a = action.cpu().numpy()
+        if not np.isfinite(a).all():
+            sys.exit(f"the action is not finite; {run_dir} keeps its last checkpoint")
+        obs, reward, terminated, truncated, info = env.step(a)
+        rollout.add(
+            policy_obs, critic_obs, z, a_prev, sample, log_prob, value, reward, terminated, first
         )
-        if args.save_demonstrations and deterministic != args.stochastic_demonstrations:
-            arrays = {k: np.concatenate([episode[k] for episode in episodes]) for k in episodes[0]}
-            made_by = json.dumps(vars(args) | dict(returns=returns))
-            with open(args.save_demonstrations + ".tmp", "wb") as file:
-                np.savez_compressed(file, **arrays, env_id=args.env_id, made_by=made_by)
-            os.replace(args.save_demonstrations + ".tmp", args.save_demonstrations)
+
+        # a final row is no step: the environment ignores its action and begins anew ...
+        last_step, env_step = global_step, global_step + np.cumsum(~final)
+        global_step = int(env_step[-1])
+        bar.update(global_step - last_step)
+        for i in np.flatnonzero(info.get("_episode", [])):
+            for name, key in ("return", "r"), ("length", "l"):
+                writer.add_scalar(f"charts/episodic_{name}", info["episode"][key][i], env_step[i])
+            bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
+        # ... and so does the internal state
+        keep = to_device(~final, device).unsqueeze(-1)
+        z, a_prev = z_next * keep, action * keep
+        first, final = final, terminated | truncated
+
+        finished = global_step >= args.total_timesteps
+        leaving = finished or bool(stopped_by)
+        if rollout.length == args.num_steps or finished:
+            *_, value = agent.act(*(to_device(view, device) for view in views(obs)), z, a_prev)
+            rollout.finish(value, first)
+            lr = args.learning_rate * (1 - args.anneal_lr * update_step / args.total_timesteps)
+            agent.optimizer.param_groups[0]["lr"].fill_(lr)
+            metrics, update_step = agent.update(rollout, expert), global_step
+            metrics["charts/learning_rate"] = lr
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, global_step)
+            writer.add_scalar("charts/SPS", global_step / (time.time() - start_time), global_step)
+        seconds = time.time() - start_time  # of training, without evaluations
+        every = args.checkpoint_frequency
+        if leaving or global_step // every > last_step // every:
+            save_run(run_dir, agent, global_step=update_step, seconds=seconds)
+        every = args.eval_frequency
+        if every and (finished or global_step // every > last_step // every):
+            evaluate(global_step, seconds)
+            start_time = time.time() - seconds
+    bar.close()
+    writer.close()
+    env.close()
+    if not finished:
+        print(f"stopped at step {global_step}; go on with --resume {run_dir}")
+        sys.exit(128 + stopped_by[0])
+    print(f"python evaluate.py {run_dir}")
 
 
 def parse_args():
-    """The command line, over the options of the run or what the task wants, over the defaults."""
-    asked = [option for option in sys.argv[1:] if option not in ("-h", "--help")]
-    args = tyro.cli(Args, args=asked, description=__doc__)
-    run_dir = args.resume or args.evaluate
-    defaults = Args(**TUNED.get(args.env_id.split("-")[0], {}))
-    if run_dir is not None:
-        path = os.path.join(run_dir, "args.json")
+    """The command line, over the options of the run to resume or what the task wants."""
+    asked = tyro.cli(Args, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
+    options = TUNED.get(asked.env_id.split("-")[0], {})
+    if asked.resume is not None:
         try:
-            with open(path) as file:
-                defaults = Args(**json.load(file))
-                defaults.limits()  # TypeError for what is no number
-                defaults.capture_video &= args.evaluate is None
-        except FileNotFoundError:
-            raise ValueError(f"{run_dir} is no run: it holds no args.json") from None
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path} is damaged, or another script's ({error})") from None
+            options = json.loads(Path(asked.resume, "args.json").read_text())
+            del options["script"]
+            Args(**options)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            sys.exit(f"{asked.resume} is no run of this script: {error!r}")
     # of a dict that is not empty tyro makes options of their own, one for each key
-    env_kwargs, defaults.env_kwargs = defaults.env_kwargs, {}
-    args = tyro.cli(Args, description=__doc__, default=defaults)
-    args.env_kwargs = args.env_kwargs or env_kwargs
+    env_kwargs = asked.env_kwargs or options.get("env_kwargs", {})
+    args = tyro.cli(Args, default=Args(**options | dict(env_kwargs={})), description=__doc__)
+    args.env_kwargs = env_kwargs
     return args
 
 
-def check_args(args):
-    """ValueError for an option that is out of range, or makes no sense beside another."""
-    for name, (low, high, *others) in args.limits().items():
-        value = getattr(args, name)
-        if value is not None and not (isinstance(value, int | float) and low <= value <= high):
-            option = "--" + name.replace("_", "-")
-            given = "".join(f" with --{n.replace('_', '-')} {getattr(args, n)}" for n in others)
-            raise ValueError(f"{option} is {value}; it must be in [{low}, {high}]{given}")
-    if args.resume and args.evaluate:
-        raise ValueError("--resume and --evaluate exclude each other")
-    if args.track and not args.evaluate and importlib.util.find_spec("wandb") is None:
-        raise ValueError("--track needs Weights and Biases: pip install wandb")
-    own = {"env_id", "hide", "random_bodies", "wind", "privileged_critic", "render_mode"}
-    for name in sorted(own & args.env_kwargs.keys()):
-        raise ValueError(f"--env-kwargs is for what the environment takes, and not for {name}")
-    path = args.save_demonstrations
-    if path and not (args.evaluate and path.endswith(".npz")):
-        raise ValueError("--save-demonstrations takes a FILE.npz, and --evaluate RUN beside it")
-    if path and not os.path.isdir(os.path.dirname(path) or "."):
-        raise ValueError(f"--save-demonstrations {path}: there is no such folder")
-    if args.stochastic_demonstrations and not path:
-        raise ValueError("--stochastic-demonstrations needs --save-demonstrations FILE.npz")
-
-
-def main():
-    """Bad input, unusable files and losses that blow up end in one sentence and exit status 1.
-
-    With `python -X dev` they end in a traceback.
-    """
-    try:
-        args = parse_args()
-        check_args(args)
-        torch.set_num_threads(args.num_threads)
-        torch.set_float32_matmul_precision(args.matmul_precision)
-        torch.backends.cudnn.allow_tf32 = args.matmul_precision != "highest"
-        torch.backends.cudnn.deterministic = args.torch_deterministic
-        replay(args) if args.evaluate else train(args)
-    except (ValueError, FloatingPointError, OSError) as error:
-        if sys.flags.dev_mode:
-            raise
-        sys.exit(f"{os.path.basename(__file__)}: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    train(parse_args())

@@ -135,20 +135,14 @@ class GaussianStatefulActor(nn.Module):
         std = torch.tensor([args.std] * action_dim + [args.std_z] * self.z_dim)
         self.log_std = nn.Parameter(std.log())
 
-    def next_state(self, obs, z, a_prev):
-        """Mean of z' [B, Z]: the internal state after `obs`, without noise."""
-        if self.state_dim == 0:
-            return z
-        e = torch.relu_(torch.cat([self.kernel_obs(obs), self.kernel_action(a_prev)], -1))
-        if self.rnn == "lstm":
-            return torch.cat(self.cell(e, z.chunk(2, -1)), -1)
-        return self.cell(e, z)
-
     def forward(self, obs, z, a_prev):
-        """Mean of (a, z') [B, A + Z]."""
-        mean_z = self.next_state(obs, z, a_prev)
-        h = torch.cat([torch.relu_(self.policy_obs(obs)), mean_z[..., : self.state_dim]], -1)
-        return torch.cat([self.policy_head(torch.relu_(self.policy_hidden(h))), mean_z], -1)
+        """Mean of (a, z') [B, A + Z]; that of z' is the internal state after `obs`, noise-free."""
+        if self.state_dim > 0:
+            e = torch.relu_(torch.cat([self.kernel_obs(obs), self.kernel_action(a_prev)], -1))
+            z = self.cell(e, z.chunk(2, -1) if self.rnn == "lstm" else z)
+            z = torch.cat(z, -1) if self.rnn == "lstm" else z
+        h = torch.cat([torch.relu_(self.policy_obs(obs)), z[..., : self.state_dim]], -1)
+        return torch.cat([self.policy_head(torch.relu_(self.policy_hidden(h))), z], -1)
 
     @torch.no_grad()
     def act(self, obs, z, a_prev, deterministic=False):
@@ -191,9 +185,6 @@ class RunningNormalizer(nn.Module):
 
     def forward(self, x):
         return ((x - self.mean) / self.std).clamp(-self.clip, self.clip)
-
-    def inverse(self, x):
-        return x * self.std + self.mean
 
     def update(self, x, weight):
         """Take in rows x [..., .] of `weight` [...] 1 (Chan et al. 1979, parallel variance)."""
@@ -365,8 +356,9 @@ class S2PGPPO(nn.Module):
         mean = self.actor(self.actor.normalizer(obs), z, a_prev)
         sample = mean + self.actor.log_std.exp() * torch.randn_like(mean)
         log_prob = gaussian_log_prob(sample, mean, self.actor.log_std)
+        returns = self.critic.returns
         value = self.critic(self.critic.normalizer(critic_obs), z, a_prev)
-        return sample, sample[:, self.action_dim :], log_prob, self.critic.returns.inverse(value)
+        return sample, sample[:, self.action_dim :], log_prob, returns.mean + returns.std * value
 
     def update(self, rollout):
         """Epochs over a rollout; returns what to log, as tensors on the device."""

@@ -17,6 +17,7 @@ sequence, or over the last. The actor's gradient goes back through the h of all 
     python evaluate.py runs/RUN --episodes 20 --capture-video
 """
 
+import importlib.util
 import json
 import math
 import signal
@@ -90,8 +91,7 @@ class Args:
                 sys.exit(f"--{name.replace('_', '-')} must be in [{low}, {high}]")
 
 
-# Defaults that differ by task; options on the command line come before these.
-TUNED = {
+TUNED = {  # defaults that differ by task; options on the command line come before these
     "Ant": dict(hide="velocities", critic_lr=1e-4),
     "CueRecall": dict(learning_starts=1_000),
     "HalfCheetah": dict(hide="velocities"),
@@ -429,8 +429,8 @@ def make_env(args, num_envs):
     """Your own may be any vector environment with actions in [-1, 1] and next-step autoreset."""
     import envs
 
-    options = dict(hide=args.hide, privileged_critic=args.privileged_critic)
-    return envs.make_vec(args.env_id, num_envs, **options, **args.env_kwargs)
+    options = dict(hide=args.hide, privileged_critic=args.privileged_critic) | args.env_kwargs
+    return envs.make_vec(args.env_id, num_envs, **options)
 
 
 def views(obs):
@@ -480,7 +480,8 @@ def train(args):
     run_dir = Path(args.resume or "runs/" + name.replace("/", "_").replace(":", "_"))
 
     env = make_env(args, args.num_envs)
-    eval_env = make_env(args, min(args.eval_episodes, 8)) if args.eval_frequency else None
+    evaluates = args.eval_frequency and importlib.util.find_spec("envs")  # not a script alone
+    eval_env = make_env(args, min(args.eval_episodes, 8)) if evaluates else None
     agent = Agent(args, env, device)
     buffer = SequenceBuffer(args.buffer_size, args.num_envs, *agent.row_sizes, device)
     global_step, seconds = load_checkpoint(run_dir, agent, buffer) if args.resume else (0, 0.0)
@@ -550,7 +551,7 @@ def train(args):
         if leaving or global_step // every > last_step // every:
             save_checkpoint(run_dir, agent, buffer, global_step=global_step, seconds=seconds)
         every = args.eval_frequency
-        if every and (finished or global_step // every > last_step // every):
+        if eval_env and (finished or global_step // every > last_step // every):
             import envs
 
             result = envs.returns(agent.actor, eval_env, args.eval_episodes, args.seed, global_step)
@@ -581,9 +582,8 @@ def parse_args():
         except (OSError, ValueError, TypeError, KeyError) as error:
             sys.exit(f"{asked.resume} is no run of this script: {error!r}")
     # of a dict that is not empty tyro makes options of their own, one for each key
-    env_kwargs = asked.env_kwargs or options.get("env_kwargs", {})
     args = tyro.cli(Args, default=Args(**options | dict(env_kwargs={})), description=__doc__)
-    args.env_kwargs = env_kwargs
+    args.env_kwargs = asked.env_kwargs or options.get("env_kwargs", {})
     return args
 
 

@@ -534,8 +534,8 @@ def make_env(args, num_envs):
     """Your own may be any vector environment with actions in [-1, 1] and next-step autoreset."""
     import envs
 
-    options = dict(hide=args.hide, privileged_critic=args.privileged_critic)
-    return envs.make_vec(args.env_id, num_envs, **options, **args.env_kwargs)
+    options = dict(hide=args.hide, privileged_critic=args.privileged_critic) | args.env_kwargs
+    return envs.make_vec(args.env_id, num_envs, **options)
 
 
 def views(obs):
@@ -690,9 +690,8 @@ def parse_args():
         except (OSError, ValueError, TypeError, KeyError) as error:
             sys.exit(f"{asked.resume} is no run of this script: {error!r}")
     # of a dict that is not empty tyro makes options of their own, one for each key
-    env_kwargs = asked.env_kwargs or options.get("env_kwargs", {})
     args = tyro.cli(Args, default=Args(**options | dict(env_kwargs={})), description=__doc__)
-    args.env_kwargs = env_kwargs
+    args.env_kwargs = asked.env_kwargs or options.get("env_kwargs", {})
     return args
 
 

@@ -100,6 +100,7 @@ class Args:
             clip_coef=(1e-9, inf), ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf),
             target_kl=(0, inf), state_dim=(1, inf), std=(1e-9, inf), std_z=(1e-9, inf),
             bc_steps=(0, inf), discriminator_lr=(0, inf), discriminator_steps=(1, inf),
+            discriminator_entropy=(0, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
         ).items():  # fmt: skip
             if not low <= getattr(self, name) <= high:

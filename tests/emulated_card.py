@@ -40,7 +40,8 @@ def count(kind):
     else:
         name = "backward"  # which has a thread of its own
     if name == "__call__":
-        name = f"replay of {frame.f_locals['self'].function.__name__}"
+        function = frame.f_locals["self"].function
+        name = f"replay of {getattr(function, 'func', function).__name__}"
     COUNTS[kind][name] += 1
 
 
@@ -193,7 +194,7 @@ def main():
     """The script that is named first, with the options behind it."""
     cuda = dict(
         is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
-        _lazy_init=lambda: None, manual_seed_all=lambda seed: None,
+        _lazy_init=lambda: None, manual_seed_all=lambda seed: None, synchronize=lambda: None,
         # there is one generator, that of the CPU
         get_rng_state=lambda device: torch.get_rng_state(),
         set_rng_state=lambda state, device: torch.set_rng_state(state),

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._pytree import tree_leaves
 
 import envs
 import envs.demonstrations
@@ -221,6 +222,16 @@ OPTIONS = dict(
         dict(rnn="lstm", sequence_length=3, privileged_critic=True, num_envs=3),
         dict(rnn="rnn", sequence_length=1, num_minibatches=100, num_steps=100),
         dict(num_steps=2, num_minibatches=1),
+    ],
+    s2pg_lsiq=[
+        dict(rnn="lstm", loss="iq_like", num_envs=3, demonstration_episodes=1, save_buffer=True),
+        dict(expert_target="bootstrap", regularizer=0.1, absorbing=False, privileged_critic=False),
+        dict(memoryless=True, clip_target=False, refresh=False),
+    ],
+    s2pg_gail=[
+        dict(rnn="lstm", reward="airl", absorbing=False, num_envs=3, demonstration_episodes=1),
+        dict(privileged_critic=False, discriminator_steps=2, discriminator_entropy=0, num_steps=60),
+        dict(memoryless=True),
     ],
     s2pg_ppo=[
         dict(rnn="lstm", privileged_critic=True, anneal_lr=False, norm_adv=False, num_envs=3),
@@ -438,6 +449,12 @@ BAD = [
     ("s2pg_ppo", "--total-timesteps 0", "raise --total-timesteps"),
     ("bptt_ppo", "--sequence-length 0", "--sequence-length must be in"),
     ("s2pg_td3", "--policy-frequency 0", "--policy-frequency must be in"),
+    ("s2pg_lsiq", "--demonstrations nothing.npz", "no demonstrations at nothing.npz"),
+    ("s2pg_lsiq", "--demonstration-episodes 99", "holds 5 episodes, and 99 are asked for"),
+    ("s2pg_lsiq", "--demonstration-episodes 0", "holds 5 episodes, and 0 are asked for"),
+    ("s2pg_lsiq", "--regularizer 0", "--regularizer must be in"),
+    ("s2pg_gail", "--env-id CueRecall-20-v0", "no demonstrations for CueRecall-20-v0"),
+    ("s2pg_gail", "--reward task", "task"),
     ("bptt_sac", "--sequence-length 0", "--sequence-length must be in"),
     ("bptt_sac", "--memoryless", "memoryless"),
     ("bptt_sac", "--chrono 2", "--chrono takes 3 steps or more"),
@@ -465,7 +482,7 @@ def test_a_refusal_ends_the_program_with_one_line_and_status_1(options):
 @EACH
 def test_every_number_has_a_range_in_which_its_default_lies(script):
     """Or is one of these, which do no harm."""
-    free = {"total_timesteps", "chrono", "num_threads"}
+    free = {"total_timesteps", "chrono", "num_threads", "demonstration_episodes"}
     for option in dataclasses.fields(module(script).Args):
         if option.type in (int, float, int | None, float | None) and option.name not in free:
             with pytest.raises(SystemExit, match=option.name.replace("_", "-")):
@@ -712,3 +729,51 @@ def test_your_own_environment_trains_and_its_bugs_keep_their_traceback(name):
     else:
         assert result.returncode == 1 and "Traceback" in result.stderr
         assert "my_robot.py" in result.stderr and "could not be broadcast" in result.stderr
+
+
+def test_a_resumed_run_does_not_clone_again(monkeypatch):
+    run = train("s2pg_gail", bc_steps=2)
+    assert scalars(run, "losses/bc_loss")[0] == [0]
+    assert scalars(run, "eval/return_stochastic")[0] == [0, 60]
+    monkeypatch.delattr(module("s2pg_gail").Agent, "clone")
+    train("s2pg_gail", bc_steps=2, resume=str(run), total_timesteps=90)
+    assert load(run)["global_step"] == 90
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card, and none to emulate")
+@EACH
+def test_a_run_on_a_card_is_the_run_on_the_cpu(script):
+    """With graphs; and the host waits for the card once a row, to learn what to do."""
+    kept = dict(save_buffer=True) if script in OFF_POLICY else {}
+    options = dict(total_timesteps=40, eval_frequency=0) | kept
+    words = command(script, cudagraphs=True, **options)
+    words.insert(1, str(ROOT / "tests" / "emulated_card.py"))
+    result = subprocess.run(
+        words, env=os.environ | dict(COUNTS="counts.json"), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    (card,) = map(load, Path("runs").iterdir())
+    cpu = load(train(script, **options))
+    assert card.keys() == cpu.keys()
+    pairs = list(zip(tree_leaves(card), tree_leaves(cpu), strict=True))
+    tensors = [pair for pair in pairs if torch.is_tensor(pair[0])]
+    assert len(tensors) > 30 and all(torch.equal(*pair) for pair in tensors)
+
+    counts = json.loads(Path("counts.json").read_text())
+    if script in OFF_POLICY:
+        rows = 40 + 7  # seven episodes have ended and begun anew
+        assert counts["waits"]["train"] == 1 + rows  # once before the first, for the buffer's size
+        assert counts["launches"]["replay of act"] == rows - 3 + 3 * rows  # of arguments
+        assert counts["waits"].keys() <= {"train", "save_checkpoint", "make_expert_buffer"}
+    assert not counts["waits"].keys() & {"act", "add", "learn", "sample", "refresh"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card")
+@pytest.mark.parametrize("cudagraphs", [False, True])
+@EACH
+def test_a_run_on_a_card(script, cudagraphs):
+    """Begun, evaluated, stopped and resumed."""
+    run = train(script, cudagraphs=cudagraphs)
+    train(script, cudagraphs=cudagraphs, resume=str(run), total_timesteps=120)
+    assert load(run)["global_step"] == 120
+    evaluate.main(evaluate.Options(run, episodes=1))

@@ -78,7 +78,7 @@ def load(source: str | None, env: gym.Env, episodes: int | None = None) -> list[
         raise UsageError(f"{source} was made with env_kwargs {there}, and here they are {here}")
     if not found:
         raise UsageError(f"{source} holds no episodes")
-    if episodes is not None and len(found) < episodes:
+    if episodes is not None and not 1 <= episodes <= len(found):
         raise UsageError(f"{source} holds {len(found)} episodes, and {episodes} are asked for")
     return [_fit(episode, env, source) for episode in found[:episodes]]
 

@@ -11,11 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Dict
 
 import bptt_sac
 import s2pg_sac
-
-torch_cpu = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +163,7 @@ def flat(tensors):
     return torch.cat([t.flatten() for t in tensors])
 
 
-def estimate_gradient(problem, objective, batches=40, n=4000):
+def estimate_gradient(problem, objective, batches=20, n=2000):
     """Gradients [batches, P] of `objective(problem, trajectories)`, whose mean estimates J's."""
     return torch.stack([
         flat(torch.autograd.grad(objective(problem, problem.trajectories(n)), problem.parameters))
@@ -204,9 +203,9 @@ def soft_actor_objective(
             q = problem.q(t, state, a, z_next)
             return torch.stack([q + 1, q])  # the first never is the minimum
 
-        batch = SimpleNamespace(
-            obs=obs, state=s, z=z, a_prev=torch.zeros_like(a_prev) if forget_a_prev else a_prev
-        )
+        a_prev = torch.zeros_like(a_prev) if forget_a_prev else a_prev
+        weight = torch.full((len(s),), 1 / len(s))
+        batch = SimpleNamespace(obs=obs, state=s, z=z, a_prev=a_prev, weight=weight)
         loss, *_ = s2pg_sac.soft_actor_loss(actor or problem, critic, batch, alpha=0, alpha_z=0)
         total = total - discount**t * loss
     return total
@@ -310,43 +309,56 @@ def test_gradients_with_a_wrong_previous_action_or_discount_are_rejected():
 
 # --- backpropagation through time -----------------------------------------------------------------
 
-OBS, CRITIC, ACTION, HIDDEN = 3, 4, 2, 5
+OBS, CRITIC, ACTION, HIDDEN, ALPHA = 3, 4, 2, 5, 0.3
+close = dict(rtol=1e-9, atol=1e-12)
 
 
-def make_agent(rnn="gru", **options):
-    """A BPTT-SAC agent in float64 with 12 steps an episode in its buffer, but see `lengths`."""
-    lengths, num_envs = options.pop("lengths", [12] * 8), options.pop("num_envs", 2)
-    args = bptt_sac.Args(
-        rnn=rnn, state_dim=HIDDEN, num_envs=num_envs, buffer_size=200 * num_envs, **options
+def make_agent(rnn="gru", privileged=True, lengths=(12, 12, 12), num_envs=2, **options):
+    """A BPTT-SAC agent in float64 that computes gradients and learns nothing; and its buffer."""
+    env = SimpleNamespace(
+        single_observation_space=Dict(policy=Box(-1, 1, (OBS,)), critic=Box(-1, 1, (CRITIC,))),
+        single_action_space=Box(-1, 1, (ACTION,)),
+        critic_sees_more=privileged,
     )
-    agent = bptt_sac.BPTTSAC(args, OBS, CRITIC, ACTION, True, torch_cpu)
-    # a strong recurrence that is not saturated: no gradient through it is too small to be seen
+    options |= dict(actor_lr=0, critic_lr=0, alpha_lr=0, alpha=ALPHA, num_envs=num_envs)
+    device = torch.device("cpu")
+    agent = bptt_sac.Agent(bptt_sac.Args(rnn=rnn, state_dim=HIDDEN, **options), env, device)
+    agent.args.tau = 0.0
     with torch.no_grad():
+        # a strong recurrence that is not saturated: no gradient through it is too small to be seen
         agent.actor.layer.weight_ih_l0 *= 0.2
         agent.actor.layer.weight_hh_l0 *= 2
-    buffer = agent.make_buffer()
-    step = np.concatenate([np.arange(length + 1) for length in lengths])
-    length = np.concatenate([np.full(length + 1, length) for length in lengths])
-    for k in range(len(step)):
-        terminated = np.full(num_envs, step[k] == length[k] - 1)
-        first = np.full(num_envs, step[k] == 0)
-        z = 1.8 * torch.rand(num_envs, agent.z_dim) - 0.9
-        action = 1.8 * torch.rand(num_envs, ACTION) - 0.9
-        # an episode begins with an empty memory
-        buffer.add(
-            torch.randn(num_envs, OBS), torch.randn(num_envs, CRITIC),
-            z * (step[k] > 0), action, torch.randn(num_envs), terminated, first,
-        )  # fmt: skip
-    for name, value in vars(buffer).items():
-        if torch.is_tensor(value) and value.dtype == torch.float32:
-            setattr(buffer, name, value.double())
+        for p in agent.target_critic.parameters():
+            p += 0.1 * torch.randn_like(p)  # to tell it from the critic
+    buffer = bptt_sac.SequenceBuffer(200 * num_envs, num_envs, *agent.row_sizes, device)
+    for length in lengths:
+        for step in range(length + 1):
+            z = 1.8 * torch.rand(num_envs, agent.z_dim) - 0.9
+            action = 1.8 * torch.rand(num_envs, ACTION) - 0.9
+            flags = (np.full(num_envs, step == k) for k in (length - 1, 0))
+            buffer.add(
+                torch.randn(num_envs, OBS), torch.randn(num_envs, CRITIC), z * (step > 0), action,
+                np.random.default_rng(step).normal(size=num_envs), *flags,
+            )  # fmt: skip
     return agent, buffer
 
 
 def sample(agent, buffer):
     args = agent.args
-    return buffer.sample(
-        args.batch_size, args.sequence_length, args.loss_on, args.burn_in, args.initial_state
+    return buffer.sample(args.batch_size, args.sequence_length, args.loss_on == "last")
+
+
+def update(agent, batch):
+    """Losses and gradients of an update on `batch`: critic, actor; and the noise of its samples."""
+    torch.manual_seed(5)
+    metrics = agent.update(SimpleNamespace(sample=lambda *_: batch))
+    torch.manual_seed(5)
+    noise = [torch.randn(len(batch.weight), ACTION) for _ in range(2)]
+    losses = torch.stack([metrics["losses/qf_loss"], metrics["losses/actor_loss"]])
+    return (
+        losses,
+        *(flat(p.grad for p in m.parameters()) for m in (agent.critic, agent.actor)),
+        noise,
     )
 
 
@@ -354,7 +366,7 @@ def single_step(actor, obs, z, a_prev):
     """One step of the recurrent layer, written out: (h, z')."""
     W_i, W_h = actor.layer.weight_ih_l0, actor.layer.weight_hh_l0
     b_i, b_h = actor.layer.bias_ih_l0, actor.layer.bias_hh_l0
-    e = torch.cat([actor.memory_obs(obs).relu(), actor.memory_action(a_prev).relu()], -1)
+    e = torch.cat([actor.kernel_obs(obs).relu(), actor.kernel_action(a_prev).relu()], -1)
     if actor.rnn == "rnn":
         h = torch.tanh(W_i @ e + b_i + W_h @ z + b_h)
         return h, h
@@ -370,23 +382,13 @@ def single_step(actor, obs, z, a_prev):
     return h, torch.cat([h, c])
 
 
-def losses_of_single_steps(agent, batch, alpha, noise, warm_up_without_grad=True):
+def losses_of_single_steps(agent, batch, noise):
     """Both losses by a loop over sequences and rows; `noise` are the draws of the two samples."""
-    actor, gamma = agent.actor, agent.args.gamma
-    h = {}
-    for column in range(batch.z.shape[0]):
-        z = batch.z[column]
-        if batch.burn_in is not None:
-            obs, z_before, a_prev, has_them = batch.burn_in
-            if has_them[column]:
-                z = z_before[column]
-                with torch.set_grad_enabled(not warm_up_without_grad):
-                    for k in range(len(obs)):
-                        _, z = single_step(actor, obs[k, column], z, a_prev[k, column])
-        for row in range(len(batch.all_obs)):
-            h[row, column], z = single_step(
-                actor, batch.all_obs[row, column], z, batch.all_a_prev[row, column]
-            )
+    actor, h = agent.actor, {}
+    for m in range(len(batch.first_z)):
+        z = batch.first_z[m] * (agent.args.initial_state == "stored")
+        for k in range(len(batch.all_obs)):
+            h[k, m], z = single_step(actor, batch.all_obs[k, m], z, batch.all_a_prev[k, m])
 
     def policy(obs, h, noise):
         mean, log_std = actor(obs, h)
@@ -394,65 +396,48 @@ def losses_of_single_steps(agent, batch, alpha, noise, warm_up_without_grad=True
         density = torch.distributions.Normal(mean, log_std.exp()).log_prob(u)
         return torch.tanh(u), (density - torch.log(1 - torch.tanh(u) ** 2)).sum()
 
+    def values(critic, state, h, *actions):
+        """Q_1 and Q_2; h is data for a critic that sees it."""
+        h = h.detach()[: HIDDEN * (len(state) == OBS)]
+        return critic(torch.cat([state, h, *actions]).unsqueeze(0))
+
     actor_loss = critic_loss = 0.0
-    for k in range(len(batch.weight)):
-        place, state, action = (batch.row[k].item(), batch.column[k].item()), 0, 0
-        state, action, a_prev = batch.state[k : k + 1], batch.action[k : k + 1], batch.a_prev[k]
+    for b, (k, m) in enumerate(zip(*(part.tolist() for part in batch.index))):
+        state, action, a_prev = batch.state[b], batch.action[b], batch.a_prev[b]
         with torch.no_grad():
-            next_place = place[0] + 1, place[1]
-            a, log_pi = policy(batch.next_obs[k], h[next_place], noise[0][k])
-            q = agent.target_critic(batch.next_state[k : k + 1], a.unsqueeze(0), action).min()
-            v = q - alpha * log_pi
-            target = batch.reward[k] + (0 if batch.terminated[k] else gamma * v)
-        q = agent.critic(state, action, a_prev.unsqueeze(0))
-        critic_loss = critic_loss + batch.weight[k] * (q - target).square().sum()
-        a, log_pi = policy(batch.obs[k], h[place], noise[1][k])
-        q = agent.critic(state, a.unsqueeze(0), a_prev.unsqueeze(0)).min()
-        actor_loss = actor_loss + batch.weight[k] * (alpha * log_pi - q)
+            a, log_pi = policy(batch.next_obs[b], h[k + 1, m], noise[0][b])
+            q = values(agent.target_critic, batch.next_state[b], h[k + 1, m], a, action).min()
+            v = 0 if batch.terminated[b] else q - ALPHA * log_pi
+            target = batch.reward[b] + agent.args.gamma * v
+        td_error = values(agent.critic, state, h[k, m], action, a_prev) - target
+        critic_loss = critic_loss + batch.weight[b] * td_error.square().sum()
+        a, log_pi = policy(batch.obs[b], h[k, m], noise[1][b])
+        q = values(agent.critic, state, h[k, m], a, a_prev).min()
+        actor_loss = actor_loss + batch.weight[b] * (ALPHA * log_pi - q)
     return critic_loss, actor_loss
-
-
-def losses_of_the_script(agent, batch, alpha, seed=5):
-    """The same as `BPTTSAC.update` computes them; also the noise they drew."""
-    torch.manual_seed(seed)
-    h, next_h = agent.remember(batch)
-    critic_loss, _ = bptt_sac.bptt_critic_loss(
-        agent.actor, agent.critic, agent.target_critic, batch, next_h, alpha, agent.args.gamma
-    )
-    actor_loss, _ = bptt_sac.bptt_actor_loss(agent.actor, agent.critic, batch, h, alpha)
-    torch.manual_seed(seed)
-    noise = [torch.randn(len(batch.weight), ACTION) for _ in range(2)]
-    return critic_loss, actor_loss, noise
 
 
 def gradient(loss, module):
     return flat(torch.autograd.grad(loss, list(module.parameters()), retain_graph=True))
 
 
-@pytest.mark.parametrize("burn_in", [0, 3])
+@pytest.mark.parametrize("initial_state, privileged", [("stored", True), ("zero", False)])
 @pytest.mark.parametrize("loss_on", ["last", "all"])
 @pytest.mark.parametrize("rnn", ["gru", "lstm", "rnn"])
-def test_gradients_through_time_equal_those_of_a_loop_of_single_steps(rnn, loss_on, burn_in):
+def test_an_update_has_the_losses_and_gradients_of_a_loop_of_single_steps(
+    rnn, loss_on, initial_state, privileged
+):
     agent, buffer = make_agent(
-        rnn, loss_on=loss_on, burn_in=burn_in, sequence_length=4, lengths=[12, 2, 7, 1, 12],
-        batch_size=12 if loss_on == "last" else 40,
+        rnn, privileged, lengths=[12, 2, 7, 1, 12], loss_on=loss_on, initial_state=initial_state,
+        sequence_length=4, batch_size=32,
     )  # fmt: skip
     batch = sample(agent, buffer)
-    critic_loss, actor_loss, noise = losses_of_the_script(agent, batch, alpha=0.3)
-    by_hand = losses_of_single_steps(agent, batch, 0.3, noise)
-    close = dict(rtol=1e-9, atol=1e-12)
-    for actual, expected, part in [
-        (critic_loss, by_hand[0], agent.critic),
-        (actor_loss, by_hand[1], agent.actor),
-    ]:
-        torch.testing.assert_close(actual, expected, **close)
-        torch.testing.assert_close(gradient(actual, part), gradient(expected, part), **close)
-    if burn_in:
-        # had the burn-in been differentiated, the loop would give something else
-        assert batch.burn_in[-1].any()
-        _, through = losses_of_single_steps(agent, batch, 0.3, noise, warm_up_without_grad=False)
-        used = gradient(actor_loss, agent.actor.layer)
-        assert (gradient(through, agent.actor.layer) - used).norm() > 1e-3 * used.norm()
+    assert batch.terminated.any() and (batch.weight == 0).any() and batch.first_z.any()
+    losses, of_critic, of_actor, noise = update(agent, batch)
+    expected = losses_of_single_steps(agent, batch, noise)
+    torch.testing.assert_close(losses, torch.stack(expected), **close)
+    torch.testing.assert_close(of_critic, gradient(expected[0], agent.critic), **close)
+    torch.testing.assert_close(of_actor, gradient(expected[1], agent.actor), **close)
 
 
 @pytest.mark.parametrize("rnn", ["gru", "lstm", "rnn"])
@@ -464,109 +449,73 @@ def test_rows_past_the_end_of_an_episode_have_no_influence(loss_on, rnn):
     )
     batch = sample(agent, buffer)
     # the last row with a weight, and its successor, whose h is part of the target
-    end = torch.zeros(batch.z.shape[0], dtype=torch.int64)
-    weighted = batch.weight > 0
-    end.scatter_reduce_(0, batch.column[weighted], batch.row[weighted] + 1, "amax")
-    past = torch.arange(len(batch.all_obs)).unsqueeze(-1) > end
-    assert past.any()
-    changed = batch._replace(
-        all_obs=torch.where(past.unsqueeze(-1), torch.randn_like(batch.all_obs), batch.all_obs),
-        all_a_prev=torch.where(
-            past.unsqueeze(-1), torch.rand_like(batch.all_a_prev), batch.all_a_prev
-        ),
-    )
-    if loss_on == "all":
-        assert not weighted.all()
-        for name in ("obs", "state", "a_prev", "action", "reward", "next_obs", "next_state"):
-            value = getattr(batch, name).clone()
-            value[~weighted] = torch.randn_like(value[~weighted])
-            changed = changed._replace(**{name: value})
-
-    (critic_loss, actor_loss, _), (critic_loss_2, actor_loss_2, _) = (
-        losses_of_the_script(agent, b, alpha=0.3) for b in (batch, changed)
-    )
-    assert torch.equal(critic_loss, critic_loss_2) and torch.equal(actor_loss, actor_loss_2)
-    for a, b, part in [
-        (critic_loss, critic_loss_2, agent.critic),
-        (actor_loss, actor_loss_2, agent.actor),
-    ]:
-        assert torch.equal(gradient(a, part), gradient(b, part))
+    end, without = torch.zeros(len(batch.first_z), dtype=torch.int64), batch.weight == 0
+    places, sequences = (part[~without] for part in batch.index)
+    end.scatter_reduce_(0, sequences, places + 1, "amax")
+    past = (torch.arange(len(batch.all_obs)).unsqueeze(-1) > end).unsqueeze(-1)
+    assert past.any() and without.any()
+    names = "obs", "state", "a_prev", "action", "reward", "terminated", "next_obs", "next_state"
+    changed = {name: getattr(batch, name).clone() for name in names}
+    for value in changed.values():
+        value[without] = torch.rand_like(value[without])
+    for name in ("all_obs", "all_a_prev"):
+        value = getattr(batch, name)
+        changed[name] = torch.where(past, torch.rand_like(value), value)
+    before, after = (update(agent, b)[:3] for b in (batch, batch._replace(**changed)))
+    assert all(map(torch.equal, before, after))
 
     # the rows before have: the same change there is seen
-    other = batch._replace(all_obs=torch.where(past.unsqueeze(-1), batch.all_obs, 0.0))
-    assert losses_of_the_script(agent, other, alpha=0.3)[1] != actor_loss
+    other = batch._replace(all_obs=torch.where(past, batch.all_obs, 0.0))
+    assert (update(agent, other)[0] != before[0]).all()
 
 
-@pytest.mark.parametrize("rnn", ["gru", "lstm", "rnn"])
-def test_burn_in_rows_change_the_state_and_pass_no_gradient(rnn):
-    agent, buffer = make_agent(
-        rnn, burn_in=3, sequence_length=4, loss_on="last", batch_size=40, lengths=[12] * 4
-    )
-    batch = sample(agent, buffer)
-    obs, z, a_prev, has_them = batch.burn_in
-    has_them = has_them.squeeze(-1)
-    assert has_them.any() and not has_them.all()
-    leaves = [leaf.requires_grad_() for leaf in (obs, z, a_prev, batch.all_obs)]
-    h, _ = agent.remember(batch)
-    *grads, grad_obs = torch.autograd.grad(h.square().sum(), leaves, allow_unused=True)
-    assert all(grad is None or not grad.any() for grad in grads) and grad_obs.any()
+def last_h(agent, batch, z):
+    """h of the drawn rows, [B, H], as an update computes it from z before the first row."""
+    return agent.actor.unroll(batch.all_obs, z, batch.all_a_prev)[0][batch.index]
 
-    # the stored state counts where there is no burn-in, and nowhere else
-    with torch.no_grad():
-        other, _ = agent.remember(batch._replace(burn_in=(obs + 1, z, a_prev, has_them[:, None])))
-        other_z, _ = agent.remember(batch._replace(z=batch.z + 0.05))
-    moved, moved_z = (other - h).abs().amax(-1) > 0, (other_z - h).abs().amax(-1) > 0
-    assert torch.equal(moved, has_them) and torch.equal(moved_z, ~has_them)
+
+def step_of(buffer, obs):
+    """Where in a buffer of one environment `obs` lies."""
+    return (buffer.rows[:, :OBS] == obs).all(-1).nonzero().item()
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 12])
 def test_the_gradient_goes_back_length_rows_and_no_further(length):
     """Which rows of the buffer the h of the drawn transition depends on, by autograd."""
     agent, buffer = make_agent(
-        burn_in=2, sequence_length=length, loss_on="last", batch_size=30, num_envs=1, lengths=[12]
+        sequence_length=length, loss_on="last", batch_size=30, num_envs=1, lengths=[12]
     )
-    buffer.obs = buffer.obs.requires_grad_()
+    buffer.rows = buffer.rows.clone().requires_grad_()
     batch = sample(agent, buffer)
-    h, _ = agent.remember(batch)
+    h = last_h(agent, batch, batch.first_z)
     for k in range(30):
-        (grad,) = torch.autograd.grad(h[k].square().sum(), buffer.obs, retain_graph=True)
-        t = (buffer.obs == batch.obs[k]).all(-1).nonzero().item()
-        rows = grad.any(-1).nonzero().flatten().tolist()
-        assert rows == list(range(max(0, t - length + 1), t + 1))
+        (grad,) = torch.autograd.grad(h[k].square().sum(), buffer.rows, retain_graph=True)
+        t = step_of(buffer, batch.obs[k])
+        rows = grad[:, :OBS].any(-1).nonzero().flatten().tolist()
+        # neither the first row of the ring, which has no predecessor, nor rows before the sequence
+        assert rows == list(range(max(1, t - length + 1), t + 1))
 
 
 def test_a_sequence_as_long_as_the_episode_gives_the_full_gradient():
-    """That of a loop from an empty memory on; a shorter sequence gives another one."""
-    full, short = [], []
-    for sequence_length, gradients in [(12, full), (3, short)]:
+    """That of a loop from an empty internal state on; a shorter sequence gives another one."""
+    gradients = {}
+    for length in (12, 3):
         torch.manual_seed(1)
         agent, buffer = make_agent(
-            sequence_length=sequence_length, loss_on="last", batch_size=20, num_envs=1,
-            lengths=[12], initial_state="zero",
-        )  # fmt: skip
+            sequence_length=length, loss_on="last", batch_size=20, num_envs=1, lengths=[1, 12]
+        )
         torch.manual_seed(2)
         batch = sample(agent, buffer)
-        h, _ = agent.remember(batch)
-        weights = torch.randn(HIDDEN)
-        layer = agent.actor.layer
-        gradients.append(gradient((h @ weights).sum(), layer))
-
-        loss = 0.0
-        for k in range(20):
-            t, z = (buffer.obs == batch.obs[k]).all(-1).nonzero().item(), torch.zeros(HIDDEN)
-            for i in range(t + 1):
-                a_prev = buffer.action[i - 1] * (i > 0)
-                h_i, z = single_step(agent.actor, buffer.obs[i], z, a_prev)
-            loss = loss + h_i @ weights
-        gradients.append(gradient(loss, layer))
-    torch.testing.assert_close(full[0], full[1], rtol=1e-9, atol=1e-12)
-    assert torch.equal(full[1], short[1])  # the two saw the same networks and transitions
-    assert (short[0] - full[1]).norm() > 0.05 * full[1].norm()
-
-
-def test_a_critic_that_sees_h_gets_it_without_a_gradient():
-    """So the critic's loss trains no memory, and the next memory is data, as the target is."""
-    agent, buffer = make_agent(critic_sees_h=True, sequence_length=5, batch_size=20)
-    assert agent.critic.net[0].weight.shape[1] == CRITIC + HIDDEN + 2 * ACTION
-    h, next_h = agent.remember(sample(agent, buffer))
-    assert h.requires_grad and not next_h.requires_grad
+        z, weights, loss = torch.zeros(20, HIDDEN), torch.randn(HIDDEN), 0.0
+        short = gradient((last_h(agent, batch, z) @ weights).sum(), agent.actor.layer)
+        for obs in batch.obs:
+            t, z = step_of(buffer, obs), torch.zeros(HIDDEN)
+            for i in range(2 if t >= 2 else 1, t + 1):  # the second episode begins with row 2
+                row, before = buffer.rows[i], buffer.action[i - 1] * (i > 2)
+                h, z = single_step(agent.actor, row[:OBS], z, before)
+            loss = loss + h @ weights
+        gradients[length] = short, gradient(loss, agent.actor.layer)
+    torch.testing.assert_close(*gradients[12], **close)
+    short, full = gradients[3]
+    assert torch.equal(full, gradients[12][1])  # the two saw the same networks and transitions
+    assert (short - full).norm() > 0.05 * full.norm()

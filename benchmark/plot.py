@@ -98,7 +98,8 @@ def read(path, claim):
 
 def interquartile_mean(returns, repetitions=2000):
     """Of returns [S, T]: the mean [T], and the 95 % band [2, T]."""
-
+    if len(returns) < 4:  # of these the bootstrap's band is the range
+        return np.sort(returns, 0).mean(0), np.stack([returns.min(0), returns.max(0)])
     quarter = len(returns) // 4
 
     def iqm(scores):  # [S, 1 task, T]
@@ -390,7 +391,8 @@ def rollout_table(paths):
     """Markdown of the rows per second that update_time.py collected with PPO in these files."""
     lines, header = [], [""]
     for path in paths:
-        blocks = re.findall(r"(\d+) envs .*?rows per second: (.*?)$", path.read_text(), re.S | re.M)
+        block = r"PPO[^\n]* (\d+) envs .*?rows per second: (.*?)$"
+        blocks = re.findall(block, path.read_text(), re.S | re.M)
         header = [""] + [f"{n} environment{'s' * (n != '1')}" for n, _ in blocks]
         methods = {}
         for _, speeds in blocks:

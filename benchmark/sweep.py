@@ -301,7 +301,8 @@ def main(args: Args):
     if runs:
         here = args.cluster == "none"
         failed = execute_here(runs, args.processes) if here else submit(runs, args)
-        sys.exit(f"{failed} of {len(runs)} runs did not finish" if failed else 0)
+        if failed:
+            sys.exit(f"{failed} of {len(runs)} runs did not finish")
 
 
 if __name__ == "__main__":

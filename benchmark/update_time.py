@@ -257,9 +257,10 @@ def print_table(title, times):
     for name, own in times.items():
         ratios = [np.median(own / times[base]) for base in bases]
         print(f"{name:38s} {np.median(own):7.2f}", *(f"{ratio:13.2f}" for ratio in ratios))
+    print()  # what follows is no part of the table
     for name in times:
-        if f"{name}, before" in times:
-            low, middle, high = np.percentile(times[name] / times[f"{name}, before"], (25, 50, 75))
+        if f"{name} before" in times:
+            low, middle, high = np.percentile(times[name] / times[f"{name} before"], (25, 50, 75))
             print(f"{name}: {middle:.3f} x before (quartiles {low:.3f} and {high:.3f})")
 
 
@@ -300,7 +301,7 @@ def runs_table(algorithm, methods, num_envs, options, args):
         sizes = dict(first=2048, steps=2048, num_steps=2048 // num_envs)
     measures, idle = {}, ", no updates"
     for name, method in methods.items():
-        if name.removesuffix(", before") in IN_RUNS:
+        if name.removesuffix(" before") in IN_RUNS:
             measures[name] = functools.partial(
                 run_time, **method, **options, **sizes, num_envs=num_envs
             )
@@ -324,7 +325,7 @@ def main(args: Args):
     )  # fmt: skip
     commits = {"": scripts_of(ROOT)}
     if args.baseline:
-        commits[", before"] = scripts_of(args.baseline.resolve())
+        commits[" before"] = scripts_of(args.baseline.resolve())
     chosen = {
         algorithm: {
             name + suffix: method | dict(modules=modules)

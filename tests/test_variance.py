@@ -39,9 +39,6 @@ def standard_errors(samples, exact):
     return (samples.mean(0) - exact) / error, error
 
 
-# --- the exact gradient ---------------------------------------------------------------------------
-
-
 def quadrature_gradient(z_n, memory_std):
     """The gradient of J for T = 3, by Gauss quadrature over s_0..s_2, e_0, e_1 and the action's."""
     theta = torch.from_numpy(variance.THETA).requires_grad_()
@@ -77,9 +74,6 @@ def test_finite_differences_agree_with_the_closed_form(memory_std):
     exact = variance.exact_gradient(0.9, memory_std, T=10)
     z, error = standard_errors(differences, exact)
     assert abs(z).max() < 4.5 and error.max() < 0.01 * np.linalg.norm(exact)
-
-
-# --- estimators -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("estimator", "memory_std", "other"), [("S2PG", 0.5, 0), ("BPTT", 0, 0.5)])
@@ -142,9 +136,6 @@ def test_an_estimate_is_the_whole_return_times_the_whole_score():
         assert np.allclose(estimates[T - 1], returns[:, None] * scores.sum(0))
 
 
-# --- bounds ---------------------------------------------------------------------------------------
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     z_n=st.floats(0, 1.5), T=st.integers(1, 40), memory_std=st.floats(0.02, 2),
@@ -153,15 +144,6 @@ def test_an_estimate_is_the_whole_return_times_the_whole_score():
 def test_no_bound_is_violated(z_n, T, memory_std, estimator):
     noise = memory_std if estimator == "S2PG" else 0
     assert trace_variance(estimator, T, z_n, noise) < bound(estimator, T, z_n, memory_std)
-
-
-@pytest.mark.parametrize(("estimator", "within"), [("S2PG", 6), ("BPTT", 20)])
-@pytest.mark.parametrize("T", [1, 5, 25])
-def test_a_bound_is_not_far_above_the_variance(estimator, within, T):
-    """With a score a few times too large, or a bound without one of its terms, it would break."""
-    memory_std = 0.1 if estimator == "S2PG" else 0
-    upper = bound(estimator, T, 0.5, memory_std)
-    assert within * trace_variance(estimator, T, 0.5, memory_std, n=20_000) > upper
 
 
 @pytest.mark.parametrize("z_n", [0.5, 1.0, 1.2])
@@ -193,61 +175,31 @@ def test_the_return_is_bounded_and_averaging_divides_the_bounds():
     assert math.isclose(many, 9 / 2 * one)
 
 
-def score_bound(estimator, T, z_n=None, **norms):
-    """The bound without the factor c of the return."""
+def test_the_bounds_are_sums_over_time_of_squared_jacobians():
+    """BPTT at step t: |d mu / d theta| <= F + K H (1 + Zn + .. + Zn^(t-1)); with K = 0 no more."""
+    F, H, K, T = 2.0, 3.0, 0.7, 9
     c = variance.squared_return_bound(T, R=1, N=1)
-    if estimator == "S2PG":
-        return variance.s2pg_bound(T, 4, 9, **norms) / c
-    return variance.bptt_bound(T, z_n, 4, **norms) / c
+    assert math.isclose(variance.s2pg_bound(T, 4, 9, F=F, H=H), c * T * (F**2 * 4 + H**2 * 9))
+    for z_n in (0.9, 1, 1.2):
+        jacobian, squares = 0.0, 0.0  # |Psi_0| = 0, |Psi_{t+1}| <= H + Zn |Psi_t|
+        for _ in range(T):
+            squares += (F + K * jacobian) ** 2
+            jacobian = H + z_n * jacobian
+        assert math.isclose(variance.bptt_bound(T, z_n, 4, F=F, H=H, K=K), c * 4 * squares)
+        assert math.isclose(variance.bptt_bound(T, z_n, 4, F=F, H=H, K=0), c * 4 * T * F**2)
 
 
-def test_the_bound_of_s2pg_is_linear_in_time():
-    for T in (1, 10, 100):
-        assert math.isclose(score_bound("S2PG", T, F=2, H=3), T * (2**2 * 4 + 3**2 * 9))
-
-
-def test_the_bound_of_bptt_is_the_sum_over_time_of_squared_jacobians():
-    """Step t has |d mu / d theta| <= F + K H (1 + Zn + .. + Zn^(t-1)); with K = 0 no memory."""
-    F, H, K, z_n, T = 2.0, 3.0, 0.7, 1.1, 9
-    jacobian, squares = 0.0, 0.0  # |Psi_0| = 0, |Psi_{t+1}| <= H + Zn |Psi_t|
-    for _ in range(T):
-        squares += (F + K * jacobian) ** 2
-        jacobian = H + z_n * jacobian
-    assert math.isclose(score_bound("BPTT", T, z_n, F=F, H=H, K=K), 4 * squares)
-    assert math.isclose(score_bound("BPTT", T, z_n, F=F, H=H, K=0), 4 * T * F**2)
-
-
-def test_the_bound_of_bptt_grows_linearly_cubically_and_exponentially():
-    def growth(z_n, T, more):
-        return score_bound("BPTT", more, z_n) / score_bound("BPTT", T, z_n)
-
-    assert math.isclose(growth(0.9, 500, 1000), 2, rel_tol=0.03)
-    assert math.isclose(growth(1, 500, 1000), 2**3, rel_tol=0.03)
-    assert math.isclose(growth(1.2, 50, 60), 1.2**20, rel_tol=0.01)
-
-
-def test_longer_memory_costs_bptt_variance_and_s2pg_none():
-    s2pg = [trace_variance("S2PG", 30, z_n, 0.5) for z_n in (0.5, 1.2)]
-    bptt = [trace_variance("BPTT", 30, z_n, 0) for z_n in (0.5, 1.2)]
+def test_longer_memory_costs_bptt_variance_and_little_noise_costs_s2pg():
+    s2pg, bptt = (
+        [trace_variance(name, 30, z_n, std) for z_n in (0.5, 1.2)]
+        for name, std in (("S2PG", 0.5), ("BPTT", 0))
+    )
     assert s2pg[1] < s2pg[0] and bptt[1] > 50 * bptt[0]
     assert bptt[1] > bound("S2PG", 30, 1.2, 0.5)
-
-
-def test_little_memory_noise_is_the_bad_case_of_s2pg():
-    """The variance grows as 1 / std^2, beyond ten times that of BPTT."""
-    bptt, s2pg, less = (
-        trace_variance(*case) for case in
-        [("BPTT", 10, 0.5, 0), ("S2PG", 10, 0.5, 0.1), ("S2PG", 10, 0.5, 0.05)]
-    )  # fmt: skip
-    assert math.isclose(less / s2pg, 4, rel_tol=0.1) and s2pg > 10 * bptt
-
-
-# --- the script -----------------------------------------------------------------------------------
-
-
-def read(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    # the variance of S2PG grows as 1 / std^2, beyond ten times that of BPTT
+    much, little = (trace_variance("S2PG", 10, 0.5, std) for std in (0.1, 0.05))
+    assert math.isclose(little / much, 4, rel_tol=0.1)
+    assert much > 10 * trace_variance("BPTT", 10, 0.5, 0)
 
 
 def test_the_script_writes_a_row_for_each_case_and_a_picture(tmp_path, capsys):
@@ -256,27 +208,26 @@ def test_the_script_writes_a_row_for_each_case_and_a_picture(tmp_path, capsys):
         trajectories=300, batches=2, horizons=(2, 5), z_ns=(0.5, 1.2), memory_stds=(0.1, 0.5),
         memory_std=0.3, out=str(out),
     ))  # fmt: skip
-    rows = read(f"{out}.csv")
-    cases = [(r["estimator"], float(r["z_n"]), float(r["memory_std"]), int(r["T"])) for r in rows]
-    expected = [("BPTT", z_n, 0.0, T) for z_n in (0.5, 1.2) for T in (2, 5)]
-    expected += [("S2PG", 0.5, std, T) for std in (0.1, 0.3, 0.5) for T in (2, 5)]
-    expected += [("S2PG", 1.2, 0.3, T) for T in (2, 5)]
-    assert sorted(cases) == sorted(expected)
     assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
-
+    with open(f"{out}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    cases = [(r["estimator"], float(r["z_n"]), float(r["memory_std"]), int(r["T"])) for r in rows]
+    varied = [("BPTT", 0.5, 0.0), ("BPTT", 1.2, 0.0), ("S2PG", 1.2, 0.3)]
+    varied += [("S2PG", 0.5, std) for std in (0.1, 0.3, 0.5)]
+    assert sorted(cases) == sorted((*case, T) for case in varied for T in (2, 5))
     for row, (estimator, z_n, memory_std, T) in zip(rows, cases):
         rng = np.random.default_rng(0)
         # the longest horizon's random numbers serve the others
         estimates = variance.gradients(estimator, 300, 5, z_n, memory_std, rng)[T - 1]
         total = estimates.var(0, ddof=1).sum()
         exact = variance.exact_gradient(z_n, memory_std, T)
-        upper = bound(estimator, T, z_n, memory_std or 1)
-        assert math.isclose(float(row["variance"]), total) and total < upper
-        assert math.isclose(float(row["bound"]), upper)
-        assert math.isclose(float(row["variance_over_gradient"]), total / (exact @ exact))
-        for i, name in enumerate(["k_s", "u"]):
-            assert math.isclose(float(row[f"mean_{name}"]), estimates[:, i].mean())
-            assert math.isclose(float(row[f"exact_{name}"]), exact[i])
+        expected = dict(
+            variance=total, bound=bound(estimator, T, z_n, memory_std or 1),
+            variance_over_gradient=total / (exact @ exact),
+            mean_k_s=estimates[:, 0].mean(), mean_u=estimates[:, 1].mean(),
+            exact_k_s=exact[0], exact_u=exact[1],
+        )  # fmt: skip
+        assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-9)
     # a line for each Zn and T, for each Zn < 1 and std, and for each estimator and parameter
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("  0.5 ") for line in lines) == 2 + 3
@@ -289,10 +240,8 @@ def test_the_script_writes_a_row_for_each_case_and_a_picture(tmp_path, capsys):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_seed_decides_the_numbers(estimator):
-    first, again, other = (
-        variance.measure(estimator, 0.9, 0.5, variance.Args(trajectories=50, seed=seed))
-        for seed in (1, 1, 2)
-    )
+    args = [variance.Args(trajectories=50, horizons=(1, 5), seed=seed) for seed in (1, 1, 2)]
+    first, again, other = (variance.measure(estimator, 0.9, 0.5, own) for own in args)
     assert first == again and all(a["variance"] != b["variance"] for a, b in zip(first, other))
 
 
@@ -315,9 +264,9 @@ def test_the_error_of_a_variance_is_its_spread_over_seeds():
     assert math.isclose(np.std(variances), np.mean(errors), rel_tol=0.2)
 
 
-def test_a_script_without_a_contracting_recurrence_has_no_bad_case(tmp_path):
+def test_there_may_be_no_contracting_recurrence_and_so_no_bad_case(tmp_path):
     args = variance.Args(
         trajectories=50, batches=1, horizons=(3,), z_ns=(1.2,), out=str(tmp_path / "v")
     )
     variance.main(args)
-    assert [row["estimator"] for row in read(tmp_path / "v.csv")] == ["BPTT", "S2PG"]
+    assert len((tmp_path / "v.csv").read_text().splitlines()) == 1 + 2

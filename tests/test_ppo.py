@@ -153,19 +153,6 @@ def test_advantages_are_those_of_a_loop_over_each_episode(lanes, gamma, gae_lamb
     assert not actual[first[1:]].any()
 
 
-def test_advantages_bootstrap_through_truncations_and_at_the_end_but_not_through_terminations():
-    """Two episodes of two transitions, then the first row of a third; all rewards are 1."""
-    first = torch.tensor([[1.0, 0, 0, 1, 0, 0, 1, 0]]).T
-    rollout = SimpleNamespace(
-        reward=torch.tensor([[1.0, 1, 99, 1, 1, 99, 1, 0]]).T,  # 99 of the final rows
-        terminated=torch.tensor([[0.0, 1, 0, 0, 0, 0, 0, 0]]).T,
-        value=torch.tensor([[0.0, 0, 1000, 0, 0, 20, 0, 40]]).T,
-    )
-    actual = s2pg_ppo.gae(rollout, 1 - first[1:], 0.5, 1.0)
-    # after the termination comes nothing, after the truncation 20, after the last row 40
-    assert actual.flatten().tolist() == [1.5, 1.0, 0.0, 1.5 + 5.0, 1.0 + 10.0, 0.0, 1.0 + 20.0]
-
-
 # --- sequences ------------------------------------------------------------------------------------
 
 
@@ -333,18 +320,6 @@ def test_the_learning_rate_falls_linearly_if_asked_for(script, anneal, tmp_path,
 # --- policy gradients -----------------------------------------------------------------------------
 
 
-def log_density_of_action_and_internal_state(agent, rollout):
-    """log pi(a_t, z_{t+1} | o_t, z_t, a_{t-1}) [T, N], of each row by itself."""
-    total, actor = torch.zeros_like(rollout.reward[:-1]), agent.actor
-    for t in range(len(total)):
-        mean = actor(actor.normalizer(rollout.obs[t]), rollout.z[t], rollout.a_prev[t])
-        # the next row's z; where the rollout ends, that of the sample
-        z_next = rollout.z[t + 1] if t < len(total) - 1 else rollout.sample[t, :, ACTION:]
-        sample = torch.cat([rollout.sample[t, :, :ACTION], z_next], -1)
-        total[t] = Normal(mean, actor.log_std.exp()).log_prob(sample).sum(-1)
-    return total
-
-
 def outputs_through_time(network, rollout, obs, z, length):
     """Outputs [T, N, .] by single steps, whose gradient goes back to every `length`-th row."""
     outputs = []
@@ -368,22 +343,22 @@ def log_density_through_time(agent, rollout, length=64):
     return Normal(mean, actor.log_std.exp()).log_prob(rollout.sample[:-1]).sum(-1)
 
 
-@pytest.mark.parametrize(
-    ("script", "log_density"),
-    [(s2pg_ppo, log_density_of_action_and_internal_state), (bptt_ppo, log_density_through_time)],
-)
 @RNN
-def test_the_first_gradient_is_that_of_reinforce(script, log_density, rnn, monkeypatch):
-    """-E[grad log pi G] with returns to go: rho = 1, lambda = 1, V = 0, whole episodes."""
+def test_the_first_gradient_of_s2pg_is_that_of_reinforce(rnn, monkeypatch):
+    """-E[grad log pi(a_t, z_{t+1} | o_t, z_t, a_{t-1}) G_t], rows alone: lambda = 1 and V = 0."""
     agent = make_agent(
-        script, rnn=rnn, num_steps=19, gamma=0.9, gae_lambda=1.0, norm_adv=False, vf_coef=0.0,
+        s2pg_ppo, rnn=rnn, num_steps=19, gamma=0.9, gae_lambda=1.0, norm_adv=False, vf_coef=0.0,
         num_minibatches=1,
     )  # fmt: skip
     nn.init.zeros_(agent.critic.head.weight), nn.init.zeros_(agent.critic.head.bias)
     rollout, seen = fill(agent, *WHOLE_EPISODES), watch(agent, monkeypatch)
-    to_go = advantages_by_hand(rollout, 0.9, 1.0)  # as V is 0
-    objective = (log_density(agent, rollout) * to_go)[valid(rollout)].mean()
-    expected = torch.autograd.grad(-objective, list(agent.actor.parameters()))
+    to_go, actor, objective = advantages_by_hand(rollout, 0.9, 1.0), agent.actor, 0  # as V is 0
+    for t, n in valid(rollout)[:-1].nonzero():
+        row = actor.normalizer(rollout.obs[t, n]), rollout.z[t, n], rollout.a_prev[t, n]
+        density = Normal(actor(*(x.unsqueeze(0) for x in row)).squeeze(0), actor.log_std.exp())
+        sample = torch.cat([rollout.sample[t, n, :ACTION], rollout.z[t + 1, n]])
+        objective = objective + to_go[t, n] * density.log_prob(sample).sum()
+    expected = torch.autograd.grad(-objective / valid(rollout).sum(), list(actor.parameters()))
     assert all(grad.any() for grad in expected)
     agent.update(rollout)
     torch.testing.assert_close(flat(seen[0].gradients[0]), flat(expected))

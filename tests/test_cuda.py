@@ -260,7 +260,8 @@ def test_on_a_card_a_replayed_update_is_the_update(script, options, compiled):
     rounds = 3 if script in ON_POLICY else 8
     eager = trained(script, rounds, CARD, **options)
     other = trained(script, rounds, CARD, cudagraphs=True, compile=compiled, **options)
-    assert_same(eager, other, rtol=1e-3, atol=1e-4)
+    # Adam makes a step of a gradient's rounding error, too: of 3e-4, in each of eight updates
+    assert_same(eager, other, rtol=1e-3, atol=1e-3)
 
 
 @needs_card

@@ -448,8 +448,8 @@ class S2PGGAIL(nn.Module):
             rollout.reward[:-1] = reward[:-1].view_as(rollout.reward[:-1])
             rollout.reward[:-1] += rollout.terminated[:-1] * forever
         losses = dict(discriminator_loss=loss.detach(), discriminator_entropy=entropy)
-        losses["accuracy_policy"], _ = moments((logit < 0).to(weight.dtype)[:-1], weight[:-1])
-        losses["accuracy_expert"] = (expert_logit > 0).float().mean()
+        losses["accuracy_policy"], _ = moments((logit < 0).float()[:-1], weight[:-1])
+        losses["accuracy_expert"], _ = moments((expert_logit > 0).float(), 1 - drawn[:, -1])
         losses["imitation_reward"], _ = moments(reward[:-1], weight[:-1])
         if args.absorbing:
             losses["absorbing_reward"] = reward[-1]

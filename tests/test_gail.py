@@ -1,0 +1,289 @@
+"""S2PG-GAIL: its discriminator, the rewards it gives, and behaviour cloning."""
+
+import math
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributions import Bernoulli
+
+import envs
+import s2pg_gail
+
+OBS, STATE, ACTION = 2, 3, 1
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def episode(steps, terminated=True, seed=0, sizes=(OBS, STATE, ACTION)):
+    """As `envs.demonstrations.load` gives it, of random numbers."""
+    rng, ends = np.random.default_rng(seed), np.arange(steps) == steps - 1
+    o, s, a = sizes
+    return dict(
+        observations=rng.normal(size=(steps + 1, o)).astype(np.float32),
+        critic_observations=rng.normal(size=(steps + 1, s)).astype(np.float32),
+        actions=rng.uniform(-1, 1, size=(steps, a)).astype(np.float32),
+        rewards=np.ones(steps, np.float32),
+        terminations=ends & terminated,
+        truncations=ends & (not terminated),
+    )
+
+
+EPISODES = [episode(10, seed=1), episode(7, seed=2, terminated=False)]
+
+
+def make_agent(sizes=(OBS, STATE, ACTION), episodes=EPISODES, **options):
+    """An agent, its expert, and a full rollout of 5-step episodes in two environments."""
+    options = dict(num_steps=40, num_envs=2, num_minibatches=2, update_epochs=1) | options
+    args = s2pg_gail.Args(**dict(state_dim=4) | options)
+    o, s, a = (gym.spaces.Box(-9, 9, (n,)) for n in sizes)
+    env = SimpleNamespace(single_observation_space=dict(policy=o, critic=s), single_action_space=a)
+    agent = s2pg_gail.Agent(args, env, CPU)
+    rollout = s2pg_gail.Rollout(40, 2, agent.row_sizes, CPU)
+    rollout.rows.copy_(torch.randn_like(rollout.rows))
+    seen = (x.flatten(0, 1) for x in (rollout.obs, rollout.state, rollout.z, rollout.a_prev))
+    sample, _, log_prob, _ = agent.act(*seen)
+    rollout.sample.copy_(sample.view(41, 2, -1)), rollout.log_prob.copy_(log_prob.view(41, 2))
+    row = (torch.arange(41) % 6).unsqueeze(-1)
+    rollout.first.copy_(row == 0), rollout.terminated.copy_(row == 4)
+    return agent, s2pg_gail.demonstrated(episodes, agent.row_sizes, CPU), rollout
+
+
+def test_demonstrations_lie_side_by_side_as_the_rows_of_a_rollout():
+    _, expert, _ = make_agent()
+    for n, one in enumerate(EPISODES):
+        steps = len(one["actions"])
+        np.testing.assert_array_equal(expert.obs[: steps + 1, n], one["observations"])
+        np.testing.assert_array_equal(expert.state[: steps + 1, n], one["critic_observations"])
+        np.testing.assert_array_equal(expert.sample[:steps, n, :ACTION], one["actions"])
+        np.testing.assert_array_equal(expert.a_prev[1 : steps + 1, n], one["actions"])
+        np.testing.assert_array_equal(expert.terminated[:steps, n], one["terminations"])
+        assert ((expert.first[1:, n] == 0).nonzero().flatten() == torch.arange(steps)).all()
+    assert not expert.a_prev[0].any() and not expert.z.any()
+
+
+# The discriminator --------------------------------------------------------------------------------
+
+
+def test_rows_of_the_discriminator():
+    """Every transition, and what stands for the steps in the absorbing state, once."""
+    agent, expert, _ = make_agent(gamma=0.9)
+    agent.normalizer.update(5 + torch.randn(100, STATE), torch.ones(100))
+    rows, weight = agent.rows(expert)
+    expected = []
+    for one in EPISODES:
+        state = agent.normalizer(torch.tensor(one["critic_observations"][:-1]))
+        expected += torch.nn.functional.pad(
+            torch.cat([state, torch.tensor(one["actions"])], -1), (0, 1)
+        ).tolist()
+    assert sorted(rows[weight > 0].tolist()) == sorted([*expected, [0.0, 0, 0, 0, 1]])
+    assert (weight[:-1] <= 1).all() and weight[-1].item() == pytest.approx(10)  # one terminated
+    assert rows[-1].tolist() == [0, 0, 0, 0, 1]
+    agent, expert, _ = make_agent(absorbing=False)
+    rows, weight = agent.rows(expert)
+    assert weight[-1] == 0 and weight.sum() == 17
+
+
+def test_the_loss_of_the_discriminator():
+    """Rows count as their weight says; the expert's were drawn, and count alike."""
+    agent, *_ = make_agent()
+    args = SimpleNamespace(discriminator_entropy=0.3)
+    rows, expert_rows, weight = (
+        torch.randn(6, 5),
+        torch.randn(6, 5),
+        torch.tensor([1, 0, 2, 1, 1, 3]),
+    )
+    loss, entropy = s2pg_gail.discriminator_loss(
+        agent.discriminator, rows, weight.float(), expert_rows, args
+    )
+    logits = [
+        agent.discriminator(x).squeeze(-1) for x in (rows.repeat_interleave(weight, 0), expert_rows)
+    ]
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    expected = bce(logits[0], torch.zeros(8)) + bce(logits[1], torch.ones(6))
+    exact = sum(Bernoulli(logits=logit).entropy().mean() for logit in logits) / 2
+    torch.testing.assert_close(entropy, exact.detach())
+    torch.testing.assert_close(loss, expected - 0.3 * exact)
+    with torch.no_grad():
+        agent.discriminator[-1].bias.fill_(3.0)  # D is sure that this is the expert ...
+    bias, given = agent.discriminator[-1].bias, (agent.discriminator, rows, weight.float(), rows)
+    gradients = [
+        torch.autograd.grad(
+            s2pg_gail.discriminator_loss(*given, SimpleNamespace(discriminator_entropy=c))[0], bias
+        )[0]
+        for c in (0.0, 10.0)
+    ]
+    assert gradients[1] > gradients[0]  # ... and its entropy pulls it towards doubt
+
+
+def rewards_of(agent, expert, rollout):
+    metrics = agent.judge(rollout, expert)
+    return rollout.reward[:-1], metrics
+
+
+@pytest.mark.parametrize("reward", ["gail", "airl"])
+@pytest.mark.parametrize("absorbing", [True, False])
+def test_rewards_are_those_of_the_discriminator(reward, absorbing):
+    agent, expert, rollout = make_agent(reward=reward, absorbing=absorbing)
+    given, metrics = rewards_of(agent, expert, rollout)
+    with torch.no_grad():
+        state, action = (
+            agent.normalizer(rollout.state[:-1]),
+            rollout.sample[:-1, :, :1].clamp(-1, 1),
+        )
+        rows = torch.cat([state, action, torch.zeros(40, 2, 1)], -1)
+        logits = (
+            agent.discriminator(rows).squeeze(-1),
+            agent.discriminator(torch.tensor([0.0, 0, 0, 0, 1])),
+        )
+    expected, forever = (
+        -(1 - torch.sigmoid(x.double()) + 1e-8).log() if reward == "gail" else x.double()
+        for x in logits
+    )
+    transition = rollout.first[1:] == 0
+    mean = expected[transition].mean().float()
+    torch.testing.assert_close(metrics["imitation_reward"], mean, rtol=1e-4, atol=1e-5)
+    accuracy = (logits[0][transition] < 0).float().mean()
+    torch.testing.assert_close(metrics["accuracy_policy"], accuracy)
+    assert ("absorbing_reward" in metrics) == absorbing  # untrained, it would mean nothing
+    if absorbing:
+        torch.testing.assert_close(metrics["absorbing_reward"], forever[0].float())
+        # sum of gamma^k r_abs from the next step on
+        expected += rollout.terminated[:-1] * sum(0.99**k for k in range(1, 5000)) * forever
+    torch.testing.assert_close(
+        given[transition].double(), expected[transition], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_reward_has_a_bound():
+    agent, expert, rollout = make_agent(absorbing=False, discriminator_lr=0.0)
+    with torch.no_grad():
+        agent.discriminator[-1].bias.fill_(100.0)
+    given, _ = rewards_of(agent, expert, rollout)
+    torch.testing.assert_close(given, torch.full_like(given, -math.log(1e-8)))
+
+
+@pytest.mark.parametrize("change", ["z", "a_prev", "obs", "state"])
+def test_the_discriminator_sees_the_state_and_never_the_internal_state(change):
+    results = []
+    for shift in (0.0, 1.0):
+        torch.manual_seed(3)
+        agent, expert, rollout = make_agent()
+        getattr(rollout, change).add_(shift)
+        results.append((rewards_of(agent, expert, rollout)[0], *agent.discriminator.parameters()))
+    same = [torch.equal(a, b) for a, b in zip(*results)]
+    assert not any(same[:2]) if change == "state" else all(same)
+
+
+def test_the_discriminator_learns_to_tell_expert_from_policy():
+    agent, expert, rollout = make_agent(discriminator_steps=50, discriminator_lr=1e-3)
+    expert.state += 3
+    metrics = agent.update(rollout, expert)
+    assert metrics["losses/accuracy_policy"] > 0.9 and metrics["losses/accuracy_expert"] > 0.9
+    assert metrics["losses/imitation_reward"] < 0.2  # the policy is found out
+    # only the policy ends its episodes in an absorbing state oftener than the expert
+    assert metrics["losses/absorbing_reward"] < math.log(2)
+
+
+def test_states_are_normalised_by_expert_and_policy_alike():
+    agent, expert, rollout = make_agent()
+    expert.state += 8
+    agent.update(rollout, expert)
+    policy, theirs = (x.state[:-1][x.first[1:] == 0] for x in (rollout, expert))
+    expected = (policy.mean(0) + theirs.mean(0)) / 2
+    torch.testing.assert_close(agent.normalizer.mean, expected)
+
+
+def test_an_update_learns_from_the_new_rewards_and_clips_the_gradient_of_ppo_alone():
+    agent, expert, rollout = make_agent()
+    before = {name: p.detach().clone() for name, p in agent.named_parameters()}
+    parameters = agent.optimizer.param_groups[0]["params"]
+    assert len(parameters) + len(list(agent.discriminator.parameters())) == len(before)
+    agent.update(rollout, expert)
+    assert [name for name, p in agent.named_parameters() if torch.equal(p, before[name])] == []
+    returns, transition = agent.critic.returns, rollout.first[1:] == 0
+    expected = s2pg_gail.gae(rollout, transition.float(), 0.99, 0.95) + rollout.value[:-1]
+    torch.testing.assert_close(returns.mean, expected[transition].mean())
+
+
+# Behaviour cloning --------------------------------------------------------------------------------
+
+
+def test_cloning_begins_with_the_statistics_of_what_the_expert_saw():
+    agent, expert, _ = make_agent(bc_steps=1)
+    agent.clone(expert)
+    seen = np.concatenate([one["observations"][:-1] for one in EPISODES])
+    np.testing.assert_allclose(agent.actor.normalizer.mean, seen.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(agent.actor.normalizer.var, seen.var(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps, rows", [(1, range(32)), (2, range(32, 40))])
+def test_the_loss_of_cloning_is_that_of_the_next_rows_of_all_episodes(steps, rows, monkeypatch):
+    """Along which the internal state is that of the policy, with its noise, from 0 on."""
+    episodes = [episode(40, seed=1), episode(35, seed=2)]
+    agent, expert, _ = make_agent(episodes=episodes, bc_steps=steps, std_z=0.2)
+    monkeypatch.setattr(s2pg_gail, "descend", lambda optimizer, loss: None)
+    torch.manual_seed(1)
+    actual = agent.clone(expert)
+    torch.manual_seed(1)
+    z, errors = torch.zeros(2, 4), []
+    with torch.no_grad():
+        for t in range(rows.stop):
+            obs = agent.actor.normalizer(expert.obs[t])
+            a, z = agent.actor(obs, z, expert.a_prev[t]).split([1, 4], -1)
+            z = z + 0.2 * torch.randn(2, 4)
+            for n, one in enumerate(episodes):
+                if t in rows and t < len(one["actions"]):
+                    errors.append((a[n] - torch.tensor(one["actions"][t])).square().sum())
+    torch.testing.assert_close(actual, torch.stack(errors).mean())
+
+
+@pytest.mark.parametrize("memoryless", [False, True])
+def test_cloning_needs_an_internal_state_where_the_expert_had_one(memoryless):
+    """A cue is seen once; what the expert does later depends on it."""
+    rng, episodes = np.random.default_rng(0), []
+    for i in range(16):
+        cue, one = rng.choice([-0.8, 0.8]), episode(6, seed=i, sizes=(1, 1, 1))
+        one["observations"][:], one["actions"][:] = 0, cue
+        one["observations"][0] = cue
+        one["actions"][2::2] = 0  # seeing what it did just before, it could do without
+        episodes.append(one)
+    options = dict(memoryless=memoryless, bc_steps=300, state_dim=32)
+    agent, expert, _ = make_agent((1, 1, 1), episodes, **options)
+    loss = agent.clone(expert).item()
+    # without: 0 is the best guess for the two of six actions that neither o nor a_prev give away
+    assert loss > 0.15 if memoryless else loss < 0.08
+
+
+# What the task pays -------------------------------------------------------------------------------
+
+
+def test_the_reward_of_the_task_never_reaches_the_learner(tmp_path, monkeypatch):
+    """Another reward, and nothing but what is logged of it is another."""
+    make, states, returns = envs.make, [], []
+    for scale in (1.0, -50.0):
+
+        def other(*args, scale=scale, **kwargs):
+            return gym.wrappers.TransformReward(make(*args, **kwargs), lambda r: scale * r)
+
+        monkeypatch.setattr(envs, "make", other)
+        (tmp_path / str(scale)).mkdir()
+        monkeypatch.chdir(tmp_path / str(scale))
+        options = dict(total_timesteps=150, num_steps=100, eval_episodes=1, bc_steps=2)
+        s2pg_gail.train(s2pg_gail.Args(hide="velocities", **options))
+        (run_dir,) = (tmp_path / str(scale) / "runs").iterdir()
+        states.append(torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"])
+        events = EventAccumulator(str(run_dir))
+        events.Reload()
+        returns.append(events.Scalars("charts/episodic_return")[0].value)
+        assert [e.step for e in events.Scalars("eval/return_stochastic")] == [0, 150]
+        assert events.Scalars("charts/expert_return")[0].value == 1000
+    assert returns[1] == -50 * returns[0] and len(states[0]) > 30
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

@@ -159,10 +159,11 @@ def test_a_replayed_action_is_the_action(script, graphs):
 
 def test_the_arguments_of_a_graph_are_copied_to_where_it_reads_them(graphs):
     graphed = s2pg_sac.Graphed(lambda x, factor, y: factor * x + y)
-    for step in range(8):
-        x, y = torch.full((2,), float(step)), torch.tensor([1.0, 2.0])
+    inputs = [torch.full((2,), float(step)) for step in range(8)]
+    for step, x in enumerate(inputs):
+        y = torch.tensor([1.0, 2.0])
         assert graphed(x, 3, y).tolist() == [3 * step + 1, 3 * step + 2]
-        x += 100  # the caller's own tensors are not what the graph reads
+    assert [x[0].item() for x in inputs] == list(range(8))  # the caller's own stay as they are
     assert len(graphs) == 1 and graphs[0].replays == 5
 
 

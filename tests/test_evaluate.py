@@ -144,6 +144,14 @@ def test_it_prints_films_and_saves_the_same_episodes(stochastic, tmp_path, capsy
     )  # two cues
 
 
+def test_an_episode_that_ends_after_the_last_that_counts_is_not_shown(tmp_path, capsys):
+    """Other environments are still in theirs, and the first one has begun another."""
+    run = make_run(tmp_path, env_id="PointMassMemory-v0")
+    evaluate.main(evaluate.Options(run, episodes=6, capture_video=True))
+    (video,) = run.glob("videos/*/*.mp4")
+    assert capsys.readouterr().out.splitlines()[2:] == [str(video)]
+
+
 def test_demonstrations_are_saved_in_the_units_of_the_environment(robot, tmp_path):
     run = make_run(tmp_path, **robot)
     path = tmp_path / "demo.npz"

@@ -89,17 +89,15 @@ def test_atanh_inverts_tanh_and_is_finite_at_its_ends():
     assert torch.autograd.grad(values.sum(), ends)[0].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("bias", "log_std_a", "log_std_z"), [(-99, -5, -5), (0, -1.5, -3), (99, 2, -1)]
-)
-def test_log_stds_stay_within_their_bounds(bias, log_std_a, log_std_z):
-    for actor in (make_actor(log_std_z_max=-1.0), make_actor(bptt_sac)):
+@pytest.mark.parametrize("bias, of_a, of_z", [(-99, -5, -5), (0, -1.5, -3), (99, 2, -1)])
+def test_log_stds_stay_within_their_bounds(bias, of_a, of_z):
+    actors = make_actor(log_std_z_max=-1.0), make_actor(bptt_sac)
+    for actor, expected in zip(actors, ([of_a] * ACTION + [of_z] * STATE, [of_a] * ACTION)):
         with torch.no_grad():
             actor.policy_head.weight.zero_()
             actor.policy_head.bias.fill_(bias)
         x = inputs(actor, 1)
-        _, log_std = actor(*x) if hasattr(actor, "cell") else actor(*x[:2])
-        expected = [log_std_a] * ACTION + [log_std_z] * (STATE if hasattr(actor, "cell") else 0)
+        _, log_std = actor(*x) if actor is actors[0] else actor(*x[:2])
         torch.testing.assert_close(log_std, torch.tensor([expected], dtype=torch.float32))
 
 
@@ -217,37 +215,29 @@ def test_action_and_internal_state_depend_on_all_that_the_policy_is_told(script,
 
 @both_scripts
 @every_cell
-def test_noise_free_acting_uses_no_random_numbers_and_acting_is_sampling(script, rnn):
+def test_acting_is_sampling_and_noise_free_acting_uses_no_random_numbers(script, rnn):
+    """And samples have the log densities of both kernels, each summed over its dimensions, [B]."""
     actor = make_actor(script, rnn=rnn)
     x, state = inputs(actor, 6), torch.get_rng_state()
-    actions = actor.act(*x, deterministic=True)
+    a, z = actor.act(*x, deterministic=True)
     assert torch.equal(torch.get_rng_state(), state)
+    noisy_a, noisy_z = actor.act(*x)
     if script is s2pg_sac:
-        mean, _ = actor(*x)
-        assert torch.equal(torch.cat(actions, -1), mean.tanh())
-        torch.testing.assert_close(actions[1], actor.next_state(*x), atol=1e-5, rtol=0)
-    noisy = actor.act(*x)
-    torch.set_rng_state(state)
-    if script is s2pg_sac:
-        expected = actor.sample(*x)[:2]
+        torch.testing.assert_close(z, actor.next_state(*x), atol=1e-5, rtol=0)
+        noise_free, noisy, sizes = [a, z], [noisy_a, noisy_z], [ACTION, actor.z_dim]
     else:
-        expected = actor.sample(x[0], actions[1][:, :STATE])[0], actions[1]
-    assert all(map(torch.equal, noisy, expected)) and not noisy[0].requires_grad
-    assert (noisy[0] != actions[0]).all()
-    assert (noisy[1] != actions[1]).all() == (script is s2pg_sac)
-
-
-@every_cell
-def test_samples_have_the_log_densities_of_both_kernels(rnn):
-    """Each summed over its own dimensions, [B]."""
-    actor = make_actor(rnn=rnn)
-    x, state = inputs(actor, 30), torch.get_rng_state()
-    a, z, log_pi_a, log_pi_z = actor.sample(*x)
+        assert torch.equal(z, noisy_z)
+        noise_free, noisy, sizes, x = [a], [noisy_a], [ACTION], (x[0], z[:, :STATE])
+    mean, log_std = actor(*x)
     torch.set_rng_state(state)
-    sample, log_prob = s2pg_sac.squashed_gaussian(*actor(*x))
-    assert torch.equal(torch.cat([a, z], -1), sample) and a.shape == (30, ACTION)
-    torch.testing.assert_close(log_pi_a, log_prob[:, :ACTION].sum(-1))
-    torch.testing.assert_close(log_pi_z, log_prob[:, ACTION:].sum(-1))
+    values, log_prob = s2pg_sac.squashed_gaussian(mean, log_std)
+    torch.set_rng_state(state)
+    sample = actor.sample(*x)
+    assert torch.equal(torch.cat(noise_free, -1), mean.tanh()) and (values != mean.tanh()).all()
+    assert torch.equal(torch.cat(noisy, -1), values) and not noisy_a.requires_grad
+    assert torch.equal(torch.cat(sample[: len(sizes)], -1), values)
+    expected = [part.sum(-1) for part in log_prob.split(sizes, -1)]
+    torch.testing.assert_close(list(sample[len(sizes) :]), expected)
 
 
 def test_action_and_next_internal_state_are_independent_given_the_inputs():
@@ -638,6 +628,3 @@ def test_both_agents_have_networks_and_optimisers_of_the_same_kind(rnn):
         assert type(a) is type(b)
         for group_a, group_b in zip(a.param_groups, b.param_groups):
             assert group_a | dict(params=0) == group_b | dict(params=0)
-    # those of the critic, of the actor and of alpha; alpha_z has one more
-    assert [len(a.param_groups) for a in ours.optimizers] == [1, 3]
-    assert [len(b.param_groups) for b in theirs.optimizers] == [1, 2]

@@ -196,7 +196,7 @@ def two_worlds(**options):
     expert = agent.make_expert_buffer([one])
     buffer = s2pg_lsiq.TransitionBuffer(100, 1, *agent.row_sizes, CPU)
     for t in range(30):
-        row = [-torch.ones(1, 2), -torch.ones(1, 3), torch.tanh(torch.randn(1, 4))]
+        row = [-torch.ones(1, 2), -torch.ones(1, 3), torch.tanh(torch.randn(1, agent.z_dim))]
         buffer.add(*row, torch.zeros(1, 1), np.zeros(1), np.zeros(1), np.array([t == 0]))
     return agent, buffer, expert
 
@@ -238,6 +238,50 @@ def test_the_internal_states_of_both_are_refreshed_with_the_sample_of_the_actor_
         assert torch.equal(part.z[untouched], old[untouched])
 
 
+def test_the_critic_judges_state_action_and_next_internal_state_and_sees_no_a_prev():
+    batch = lsiq_batch()
+    given = batch.state, batch.action, batch.next_z, batch.a_prev
+    critic = lsiq().critic
+    q = critic(*given)
+    for i in range(4):
+        changed = [-x if k == i else x for k, x in enumerate(given)]
+        other = critic(*changed)
+        assert torch.equal(q, other) if i == 3 else (q != other).all()
+
+
+@pytest.mark.parametrize("options", [dict(refresh=False), dict(memoryless=True)])
+def test_without_a_refresh_or_a_memory_both_buffers_stay_as_they_are(options):
+    agent, buffer, expert = two_worlds(**options)
+    before = [part.rows.clone() for part in (buffer, expert)]
+    agent.update(buffer, expert)
+    assert all(torch.equal(part.rows, old) for part, old in zip((buffer, expert), before))
+
+
+@pytest.mark.parametrize("target", [-3.0, 0.5])
+def test_temperatures_follow_the_entropies_of_action_and_internal_state(target):
+    """On rows of both; the target is -1 for the one action, `target` for each component of z."""
+    agent, buffer, expert = two_worlds(target_entropy_z=target, alpha_lr=0.1, alpha_z_lr=0.2)
+    metrics = agent.update(buffer, expert)
+    alpha, alpha_z, entropy, entropy_z = (
+        metrics[f"losses/{name}"] for name in ("alpha", "alpha_z", "entropy", "entropy_z")
+    )
+    torch.testing.assert_close(agent.log_alpha.grad, alpha * (entropy + 1))
+    torch.testing.assert_close(agent.log_alpha_z.grad, alpha_z * (entropy_z - 4 * target))
+    # the first step of Adam is as long as its learning rate
+    for new, old, rate in ((agent.log_alpha, alpha, 0.1), (agent.log_alpha_z, alpha_z, 0.2)):
+        torch.testing.assert_close(new - old.log(), -rate * new.grad.sign(), rtol=1e-3, atol=0)
+
+
+def test_the_target_follows_the_critic():
+    agent, buffer, expert = two_worlds(tau=0.1, critic_lr=0.01)
+    before = [p.clone() for p in agent.target_critic.parameters()]
+    agent.update(buffer, expert)
+    online = agent.critic.parameters()
+    for old, new, theta in zip(before, agent.target_critic.parameters(), online):
+        assert not torch.equal(old, theta) and new.is_leaf and not new.requires_grad
+        torch.testing.assert_close(new, old + 0.1 * (theta - old))
+
+
 def test_the_reward_of_the_task_never_reaches_the_learner(tmp_path, monkeypatch):
     """Another reward, and nothing but what is logged of it is another."""
     make, states, returns = envs.make, [], []
@@ -250,7 +294,8 @@ def test_the_reward_of_the_task_never_reaches_the_learner(tmp_path, monkeypatch)
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         options = dict(learning_starts=50, eval_episodes=1, hide="velocities", batch_size=16)
-        s2pg_lsiq.train(s2pg_lsiq.Args(total_timesteps=100, **options))
+        options |= dict(demonstration_episodes=1, total_timesteps=100)
+        s2pg_lsiq.train(s2pg_lsiq.Args(**options))
         (run_dir,) = (tmp_path / name / "runs").iterdir()
         states.append(torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"])
         events = EventAccumulator(str(run_dir)).Reload()

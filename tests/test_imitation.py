@@ -1,4 +1,4 @@
-"""Demonstrations, the discriminator and its rewards, the critic of LSIQ, behaviour cloning."""
+"""Demonstrations, the discriminator and its rewards, behaviour cloning."""
 
 import importlib.util
 import json
@@ -14,7 +14,6 @@ from torch.distributions import Bernoulli
 import envs
 import envs.demonstrations
 import s2pg_gail
-import s2pg_lsiq
 from s2pg_gail import (
     Demonstrations,
     Discriminator,
@@ -29,7 +28,7 @@ SHIPPED = {  # the least return of an episode
     "Hopper-v4-stochastic": 3000, "HalfCheetah-v4": 5500,
     "HalfCheetah-v4-stochastic": 5400,
 }  # fmt: skip
-SHARED = pytest.mark.parametrize("script", [s2pg_gail, s2pg_lsiq], ids=["gail", "lsiq"])
+SHARED = pytest.mark.parametrize("script", [s2pg_gail], ids=["gail"])
 
 
 def episode(steps, obs_dim=2, critic_dim=3, action_dim=1, terminated=True, seed=0):
@@ -586,10 +585,7 @@ def test_states_are_normalised_by_expert_and_policy_alike():
 
 
 def test_what_is_unrolled_are_the_actions_of_the_noise_free_policy():
-    agent, (o, z, a_prev) = lsiq(), (torch.randn(5, 2), torch.zeros(5, 4), torch.zeros(5, 1))
-    a, z_next = agent.unroll(o, z, a_prev)
-    mean, noise_free = agent.actor.act(o, z, a_prev, deterministic=True)
-    assert torch.equal(a, mean) and not torch.isclose(z_next, noise_free).any()
+    o, z, a_prev = torch.randn(5, 2), torch.zeros(5, 4), torch.zeros(5, 1)
     agent, *_ = gail()
     a, _ = agent.unroll(o, z, a_prev)
     torch.testing.assert_close(a.clamp(-1, 1), agent.actor.act(o, z, a_prev, True)[0])
@@ -616,215 +612,6 @@ def test_the_discriminator_learns_every_so_many_rollouts():
     assert changed == [True, False, False, True, False, False, True]
 
 
-# LSIQ ---------------------------------------------------------------------------------------------
-
-
-def lsiq_batch(n=6, obs_dim=2, critic_dim=3, z_dim=4, seed=0):
-    """n transitions of the policy, then n of the expert; one of each is terminated."""
-    torch.manual_seed(seed)
-    terminated = torch.zeros(2 * n, dtype=torch.bool)
-    terminated[[0, n]] = True
-    rows = [torch.randn(2 * n, d) for d in (obs_dim, critic_dim, z_dim, 1, 1)]
-    return s2pg_lsiq.Transitions(
-        *rows[:2], torch.tanh(rows[2]), *map(torch.tanh, rows[3:]), torch.full((2 * n,), torch.nan),
-        terminated, torch.randn(2 * n, obs_dim), torch.randn(2 * n, critic_dim),
-        torch.tanh(torch.randn(2 * n, z_dim)), torch.arange(2 * n),
-    )  # fmt: skip
-
-
-def lsiq(**options):
-    args = s2pg_lsiq.Args(state_dim=4, **options)
-    return s2pg_lsiq.Agent(args, 2, 3, 1, True, CPU)
-
-
-@pytest.mark.parametrize("loss", ["sqil_like", "iq_like"])
-@pytest.mark.parametrize("expert_target", ["fix", "bootstrap"])
-@pytest.mark.parametrize("absorbing", [True, False])
-@pytest.mark.parametrize("clip_target", [True, False])
-@pytest.mark.parametrize("scale", [1.0, 500.0])
-def test_the_loss_of_the_critic(loss, expert_target, absorbing, clip_target, scale):
-    """Against the paper's formulas, a transition at a time."""
-    agent = lsiq(
-        loss=loss, expert_target=expert_target, absorbing=absorbing, clip_target=clip_target,
-        regularizer=0.25, gamma=0.9,
-    )  # fmt: skip
-    with torch.no_grad():  # values within their bounds of 4 / (1 - .9) = 40, and beyond
-        agent.target_critic.net[-1].bias.copy_(scale * torch.randn(2, 1, 1).abs())
-    batch, alpha = lsiq_batch(), torch.tensor(0.3)
-    torch.manual_seed(5)
-    value, q = s2pg_lsiq.lsiq_critic_loss(
-        agent.actor, agent.critic, agent.target_critic, batch, alpha, agent.args
-    )
-    torch.manual_seed(5)
-    with torch.no_grad():
-        a, z, log_pi, _ = agent.actor.sample(batch.next_obs, batch.next_z, batch.action)
-        next_q = agent.target_critic(batch.next_state, a, z, batch.action).min(0).values
-    total = 0.0
-    for own in q:
-        parts = dict(policy=[], expert=[], squares=[])
-        for i in range(12):
-            who, d = ("policy", "expert")[i >= 6], batch.terminated[i].item()
-            v = (next_q[i] - 0.3 * log_pi[i]).item()
-            if clip_target:
-                v = min(max(v, -40.0), 40.0)
-            y = 0.0 if d else 0.9 * v
-            r = -4.0 if who == "policy" else 4.0
-            if d and absorbing:
-                r = r / (1 - 0.9)
-            value_i = own[i].item()
-            if loss == "iq_like":
-                parts[who].append(value_i - y)
-                weight = 1 - 0.9 if d and absorbing else 1.0
-                parts["squares"].append(weight * (value_i - y) ** 2)
-            elif who == "expert" and expert_target == "fix":
-                parts[who].append((value_i - 40.0) ** 2)
-            else:
-                parts[who].append((value_i - (r + y)) ** 2)
-        mean = {k: np.mean(v) if v else 0.0 for k, v in parts.items()}
-        if loss == "iq_like":
-            total += mean["policy"] - mean["expert"] + 0.25 * mean["squares"]
-        else:
-            total += mean["policy"] + mean["expert"]
-    assert value.item() == pytest.approx(total, rel=1e-4)
-
-
-def fixed_point(loss, expert_target, steps=3000):
-    """Q of two states: the expert's, in which it stays; and the policy's, in which it ends."""
-    agent = lsiq(loss=loss, expert_target=expert_target, gamma=0.9, alpha=1e-9)
-    batch = lsiq_batch(n=8)
-    n = 8
-    expert = torch.arange(2 * n) >= n
-    state = torch.where(expert[:, None], 1.0, -1.0).expand(-1, 3)
-    zeros = {k: torch.zeros_like(getattr(batch, k)) for k in ("obs", "z", "a_prev", "next_obs")}
-    batch = batch._replace(
-        state=state, next_state=state, terminated=~expert, **zeros,
-        next_z=torch.zeros_like(batch.next_z), action=torch.zeros_like(batch.action),
-    )  # fmt: skip
-    optimizer = torch.optim.Adam(agent.critic.parameters(), lr=3e-3)
-    for _ in range(steps):
-        value, q = s2pg_lsiq.lsiq_critic_loss(
-            agent.actor, agent.critic, agent.target_critic, batch, torch.tensor(0.0), agent.args
-        )
-        s2pg_lsiq.descend(optimizer, value)
-        with torch.no_grad():
-            torch._foreach_lerp_(
-                list(agent.target_critic.parameters()), list(agent.critic.parameters()), 0.05
-            )
-    q_policy, q_expert = q.chunk(2, -1)
-    return q_policy.mean().item(), q_expert.mean().item()
-
-
-@pytest.mark.parametrize(
-    "loss, expert_target", [("sqil_like", "fix"), ("sqil_like", "bootstrap"), ("iq_like", "fix")]
-)
-def test_fixed_points(loss, expert_target):
-    """+-1/(c (1 - gamma)): +-200 with gamma = .99, here +-20 with .9."""
-    q_policy, q_expert = fixed_point(loss, expert_target)
-    assert q_policy == pytest.approx(-20, rel=0.03)
-    # the critic knows the actions of the expert only, and the actor takes others in its states
-    assert q_expert == pytest.approx(20, rel=0.1)
-
-
-def test_the_expert_buffer_holds_the_demonstrations_with_the_memory_of_the_policy():
-    agent = lsiq()
-    episodes = [episode(4, seed=1), episode(2, seed=2, terminated=False)]
-    data = s2pg_lsiq.Demonstrations(episodes, CPU)
-    expert = agent.make_expert_buffer(data)
-    assert expert.size == 6  # each transition can be drawn
-    batch = expert.sample(4000, False)
-    for e, one in enumerate(episodes):
-        for t in range(len(one["actions"])):
-            (index,) = (
-                torch.isclose(batch.obs, torch.tensor(one["observations"][t]))
-                .all(1)
-                .nonzero(as_tuple=True)
-            )
-            assert len(index) > 400  # of 4000, a sixth each
-            i = index[0]
-            np.testing.assert_allclose(batch.state[i], one["critic_observations"][t])
-            np.testing.assert_allclose(batch.next_obs[i], one["observations"][t + 1])
-            np.testing.assert_allclose(batch.action[i], one["actions"][t])
-            np.testing.assert_allclose(batch.a_prev[i], one["actions"][t - 1] if t else [0.0])
-            assert torch.equal(batch.z[i], data.z[t, e])
-            assert torch.equal(batch.next_z[i], data.z[t + 1, e])
-            assert batch.terminated[i].item() == one["terminations"][t]
-    assert not expert.reward.any()
-
-
-def test_the_memory_along_the_demonstrations_is_that_of_the_policy():
-    agent = lsiq()
-    data = s2pg_lsiq.Demonstrations([episode(4, seed=1), episode(3, seed=2)], CPU)
-    torch.manual_seed(7)
-    state = torch.get_rng_state()
-    agent.make_expert_buffer(data)
-    assert torch.equal(torch.get_rng_state(), state)  # a resumed run has its own random numbers
-    z = torch.zeros(2, 4)
-    with torch.no_grad():
-        for t in range(4):
-            assert torch.equal(data.z[t], z)
-            _, z = agent.unroll(data.obs[t], z, data.a_prev[t])
-    assert (data.z[1:].abs().sum(-1) > 0).all()
-
-
-def two_worlds(**options):
-    """An agent, a buffer whose states are all -1 and demonstrations in which they are all 1."""
-    torch.manual_seed(0)
-    agent = lsiq(batch_size=64, learning_starts=5, **options)
-    one = episode(30, seed=1, terminated=False)
-    one["critic_observations"][:], one["observations"][:] = 1, 1
-    expert = agent.make_expert_buffer(s2pg_lsiq.Demonstrations([one], CPU))
-    buffer = agent.make_buffer()
-    for t in range(30):
-        row = [-torch.ones(1, 2), -torch.ones(1, 3), torch.tanh(torch.randn(1, 4))]
-        action = torch.zeros(1, 1)
-        buffer.add(*row, action, np.zeros(1), np.zeros(1, bool), np.array([t == 0]))
-    return agent, buffer, expert
-
-
-@pytest.mark.parametrize("loss", ["sqil_like", "iq_like"])
-def test_the_critic_prefers_the_world_of_the_expert(loss):
-    agent, buffer, expert = two_worlds(loss=loss, critic_lr=3e-3)
-    for _ in range(100):
-        metrics = agent.update(buffer, expert)
-    assert metrics["losses/q_expert"] > metrics["losses/q_policy"] + 3
-    with torch.no_grad():
-        worlds = torch.tensor([[1.0], [-1.0]]).expand(-1, 3)
-        zeros = [torch.zeros(2, d) for d in (1, 4, 1)]
-        q = agent.critic(worlds, *zeros).mean(0)
-    assert q[0] > q[1] + 3
-
-
-@pytest.mark.parametrize("target", [-3.0, -0.5])
-def test_the_target_entropy_of_the_memory_is_per_component(target):
-    agent, buffer, expert = two_worlds(target_entropy_z=target)
-    metrics = agent.update(buffer, expert)
-    expected = metrics["losses/alpha_z"] * (metrics["losses/entropy_z"] - target * 4)
-    torch.testing.assert_close(metrics["losses/alpha_z_loss"], expected, rtol=1e-4, atol=1e-6)
-
-
-def test_the_memory_of_both_is_refreshed_with_the_sample_of_the_actor_loss(monkeypatch):
-    agent, buffer, expert = two_worlds()
-    samples, loss = [], agent.actor_loss
-
-    def spy(actor, critic, batch, *rest):
-        result = loss(actor, critic, batch, *rest)
-        samples.append((batch, result[1]))
-        return result
-
-    monkeypatch.setattr(agent, "actor_loss", spy)
-    before = [part.z.clone() for part in (buffer, expert)]
-    agent.update(buffer, expert)
-    ((batch, z),) = samples
-    assert (batch.state[:64] == -1).all() and (batch.state[64:] == 1).all()
-    for part, old, half in zip((buffer, expert), before, (slice(0, 64), slice(64, 128))):
-        rows = batch.next_index[half]
-        for i, row in enumerate(rows.tolist()):
-            drawn = z[half][rows == row]  # of several samples, one
-            assert (part.z[row] == drawn).all(1).any(), i
-        untouched = sorted(set(range(len(old))) - set(rows.tolist()))
-        assert torch.equal(part.z[untouched], old[untouched])
-
-
 # What the task pays ------------------------------------------------------------------------------
 
 
@@ -840,7 +627,7 @@ def test_the_reward_of_the_task_never_reaches_the_learner(script, tmp_path, monk
         monkeypatch.setattr(envs, "make", other)
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
-        options = dict(num_steps=100) if script is s2pg_gail else dict(learning_starts=50)
+        options = dict(num_steps=100)
         script.train(
             script.Args(
                 total_timesteps=250, eval_episodes=1, hide="velocities", bc_steps=2, **options

@@ -26,9 +26,9 @@ for env in Hopper-v4 Humanoid-v4; do
     table "$env" 50 --env-id "$env" "${sac[@]}"
     table "$env-graphs" 50 --env-id "$env" "${sac[@]}" --cudagraphs
 done
-others=(--algorithms td3 ppo --rounds 6 --updates 20 --methods memoryless S2PG "BPTT, L = 32")
+others=(--algorithms td3 ppo --rounds 4 --updates 20 --methods memoryless S2PG "BPTT, L = 32")
 for env in Hopper-v4 Humanoid-v4; do
-    table "$env-td3-ppo" 50 --env-id "$env" "${others[@]}"
+    table "$env-td3-ppo" 70 --env-id "$env" "${others[@]}"
     table "$env-td3-ppo-graphs" 50 --env-id "$env" "${others[@]}" --cudagraphs
 done
 table Hopper-v4-runs-graphs 90 --algorithms runs --methods S2PG --rounds 3 --cudagraphs

@@ -158,7 +158,7 @@ def test_a_sweep_killed_at_any_time_finishes_what_is_left(capsys):
         assert {row["hardware"] for row in own} == {hardware}
     call(plot, "--csv", "results/smoke.csv")
     said = capsys.readouterr().out
-    assert said.count("\n| ") == 3 and "| S2PG-SAC |" in said
+    assert said.count("\n| ") == 4 and "| S2PG-SAC |" in said
     assert Path("results/smoke.png").stat().st_size > 10_000
 
     own = [sweep.run_dir(run) for run in runs]

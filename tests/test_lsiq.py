@@ -173,7 +173,7 @@ def test_the_expert_buffer_holds_the_demonstrations_with_the_internal_states_of_
             np.testing.assert_allclose(batch.action[i], one["actions"][t])
             np.testing.assert_allclose(batch.a_prev[i], one["actions"][t - 1] if t else [0.0])
             assert batch.terminated[i] == one["terminations"][t]
-    assert not batch.reward.any() and counted.float().mean() > 0.8
+    assert not batch.reward.any() and 0.8 < counted.float().mean() < 0.9  # 6 of 7
 
     # z along the demonstrations is a sample of the policy's kernel, from zeros on
     torch.manual_seed(7)
@@ -272,10 +272,14 @@ def test_temperatures_follow_the_entropies_of_action_and_internal_state(target):
         torch.testing.assert_close(new - old.log(), -rate * new.grad.sign(), rtol=1e-3, atol=0)
 
 
-def test_the_target_follows_the_critic():
+def test_the_target_follows_the_critic_and_is_what_it_bootstraps_from(monkeypatch):
     agent, buffer, expert = two_worlds(tau=0.1, critic_lr=0.01)
-    before = [p.clone() for p in agent.target_critic.parameters()]
+    before, given = [p.clone() for p in agent.target_critic.parameters()], []
+    loss = agent.critic_loss
+    monkeypatch.setattr(agent, "critic_loss", lambda *args: given.extend(args) or loss(*args))
     agent.update(buffer, expert)
+    expected = agent.actor, agent.critic, agent.target_critic
+    assert all(one is other for one, other in zip(given, expected))
     online = agent.critic.parameters()
     for old, new, theta in zip(before, agent.target_critic.parameters(), online):
         assert not torch.equal(old, theta) and new.is_leaf and not new.requires_grad

@@ -493,9 +493,10 @@ def test_temperatures_rise_while_their_entropy_is_too_small_and_fall_above(
 
     Before the tanh, stds of about e^-5 are far less than the targets ask for, e^-.6 far more.
     """
-    targets, options = dict(alpha=-ACTION), {}
+    targets, options = dict(alpha=-ACTION), dict(rnn="lstm")
     if script is s2pg_sac:
-        targets, options = targets | dict(alpha_z=target * STATE), dict(target_entropy_z=target)
+        targets |= dict(alpha_z=target * 2 * STATE)
+        options |= dict(target_entropy_z=target)
     agent, buffer = make_agent(script, alpha=0.2, **options)
     with torch.no_grad():
         agent.actor.policy_head.weight.zero_()

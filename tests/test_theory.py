@@ -187,7 +187,7 @@ def soft_actor_objective(
 
         def critic(state, a, z_next, a_prev, t=t):
             q = problem.q(t, state, a, z_next)
-            return torch.stack([q + 1, q])  # the first never is the minimum
+            return torch.stack([2 * q.detach() + 1 - q, q])  # the first never is the minimum
 
         a_prev = torch.zeros_like(a_prev) if forget_a_prev else a_prev
         weight = torch.full((len(s),), 1 / len(s))

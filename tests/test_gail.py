@@ -11,7 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributions import Bernoulli
 
 import envs
+import envs.demonstrations
 import s2pg_gail
+import s2pg_lsiq
 
 OBS, STATE, ACTION = 2, 3, 1
 CPU = torch.device("cpu")
@@ -93,56 +95,32 @@ def test_rows_of_the_discriminator():
 
 def test_the_loss_of_the_discriminator():
     """Rows count as their weight says; the expert's were drawn, and count alike."""
-    agent, *_ = make_agent()
-    args = SimpleNamespace(discriminator_entropy=0.3)
-    rows, expert_rows, weight = (
-        torch.randn(6, 5),
-        torch.randn(6, 5),
-        torch.tensor([1, 0, 2, 1, 1, 3]),
-    )
-    loss, entropy = s2pg_gail.discriminator_loss(
-        agent.discriminator, rows, weight.float(), expert_rows, args
-    )
-    logits = [
-        agent.discriminator(x).squeeze(-1) for x in (rows.repeat_interleave(weight, 0), expert_rows)
-    ]
+    network, args = make_agent()[0].discriminator, SimpleNamespace(discriminator_entropy=0.3)
+    (rows, expert_rows), weight = torch.randn(2, 6, 5), torch.tensor([1, 0, 2, 1, 1, 3])
+    loss, entropy = s2pg_gail.discriminator_loss(network, rows, weight.float(), expert_rows, args)
+    policy, expert = network(rows.repeat_interleave(weight, 0)), network(expert_rows)
     bce = torch.nn.functional.binary_cross_entropy_with_logits
-    expected = bce(logits[0], torch.zeros(8)) + bce(logits[1], torch.ones(6))
-    exact = sum(Bernoulli(logits=logit).entropy().mean() for logit in logits) / 2
+    expected = bce(policy, torch.zeros(8, 1)) + bce(expert, torch.ones(6, 1))
+    exact = sum(Bernoulli(logits=logit).entropy().mean() for logit in (policy, expert)) / 2
     torch.testing.assert_close(entropy, exact.detach())
     torch.testing.assert_close(loss, expected - 0.3 * exact)
-    with torch.no_grad():
-        agent.discriminator[-1].bias.fill_(3.0)  # D is sure that this is the expert ...
-    bias, given = agent.discriminator[-1].bias, (agent.discriminator, rows, weight.float(), rows)
-    gradients = [
-        torch.autograd.grad(
-            s2pg_gail.discriminator_loss(*given, SimpleNamespace(discriminator_entropy=c))[0], bias
-        )[0]
-        for c in (0.0, 10.0)
-    ]
-    assert gradients[1] > gradients[0]  # ... and its entropy pulls it towards doubt
-
-
-def rewards_of(agent, expert, rollout):
-    metrics = agent.judge(rollout, expert)
-    return rollout.reward[:-1], metrics
+    ours, theirs = (
+        torch.autograd.grad(x, list(network.parameters())) for x in (loss, expected - 0.3 * exact)
+    )
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("reward", ["gail", "airl"])
 @pytest.mark.parametrize("absorbing", [True, False])
 def test_rewards_are_those_of_the_discriminator(reward, absorbing):
     agent, expert, rollout = make_agent(reward=reward, absorbing=absorbing)
-    given, metrics = rewards_of(agent, expert, rollout)
+    metrics = agent.judge(rollout, expert)
     with torch.no_grad():
-        state, action = (
-            agent.normalizer(rollout.state[:-1]),
-            rollout.sample[:-1, :, :1].clamp(-1, 1),
-        )
+        action = rollout.sample[:-1, :, :1].clamp(-1, 1)
+        state = agent.normalizer(rollout.state[:-1])
         rows = torch.cat([state, action, torch.zeros(40, 2, 1)], -1)
-        logits = (
-            agent.discriminator(rows).squeeze(-1),
-            agent.discriminator(torch.tensor([0.0, 0, 0, 0, 1])),
-        )
+        absorbed = torch.tensor([0.0, 0, 0, 0, 1])
+        logits = agent.discriminator(rows).squeeze(-1), agent.discriminator(absorbed)
     expected, forever = (
         -(1 - torch.sigmoid(x.double()) + 1e-8).log() if reward == "gail" else x.double()
         for x in logits
@@ -157,17 +135,16 @@ def test_rewards_are_those_of_the_discriminator(reward, absorbing):
         torch.testing.assert_close(metrics["absorbing_reward"], forever[0].float())
         # sum of gamma^k r_abs from the next step on
         expected += rollout.terminated[:-1] * sum(0.99**k for k in range(1, 5000)) * forever
-    torch.testing.assert_close(
-        given[transition].double(), expected[transition], rtol=1e-4, atol=1e-4
-    )
+    given = rollout.reward[:-1][transition].double()
+    torch.testing.assert_close(given, expected[transition], rtol=1e-4, atol=1e-4)
 
 
 def test_the_reward_has_a_bound():
     agent, expert, rollout = make_agent(absorbing=False, discriminator_lr=0.0)
     with torch.no_grad():
         agent.discriminator[-1].bias.fill_(100.0)
-    given, _ = rewards_of(agent, expert, rollout)
-    torch.testing.assert_close(given, torch.full_like(given, -math.log(1e-8)))
+    agent.judge(rollout, expert)
+    torch.testing.assert_close(rollout.reward[:-1], torch.full((40, 2), -math.log(1e-8)))
 
 
 @pytest.mark.parametrize("change", ["z", "a_prev", "obs", "state"])
@@ -177,7 +154,8 @@ def test_the_discriminator_sees_the_state_and_never_the_internal_state(change):
         torch.manual_seed(3)
         agent, expert, rollout = make_agent()
         getattr(rollout, change).add_(shift)
-        results.append((rewards_of(agent, expert, rollout)[0], *agent.discriminator.parameters()))
+        agent.judge(rollout, expert)
+        results.append((rollout.reward[:-1], *agent.discriminator.parameters()))
     same = [torch.equal(a, b) for a, b in zip(*results)]
     assert not any(same[:2]) if change == "state" else all(same)
 
@@ -255,7 +233,7 @@ def test_cloning_needs_an_internal_state_where_the_expert_had_one(memoryless):
         one["observations"][0] = cue
         one["actions"][2::2] = 0  # seeing what it did just before, it could do without
         episodes.append(one)
-    options = dict(memoryless=memoryless, bc_steps=300, state_dim=32)
+    options = dict(memoryless=memoryless, bc_steps=200, state_dim=32)
     agent, expert, _ = make_agent((1, 1, 1), episodes, **options)
     loss = agent.clone(expert).item()
     # without: 0 is the best guess for the two of six actions that neither o nor a_prev give away
@@ -265,25 +243,35 @@ def test_cloning_needs_an_internal_state_where_the_expert_had_one(memoryless):
 # What the task pays -------------------------------------------------------------------------------
 
 
-def test_the_reward_of_the_task_never_reaches_the_learner(tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", [s2pg_gail, s2pg_lsiq], ids=lambda s: s.__name__)
+def test_the_reward_of_the_task_never_reaches_the_learner(script, tmp_path, monkeypatch):
     """Another reward, and nothing but what is logged of it is another."""
-    make, states, returns = envs.make, [], []
+    make, states, returns, sizes = envs.make, [], [], (2, 2, 1)  # of CueRecall
+    env = envs.make_vec("CueRecall-5-v0")
+    played = [episode(5, seed=seed, sizes=sizes) for seed in (1, 2)]
+    envs.demonstrations.save(tmp_path / "expert.npz", played, env, {})
+    options = dict(env_id="CueRecall-5-v0", demonstrations=str(tmp_path / "expert.npz"))
+    options |= dict(total_timesteps=60, eval_episodes=1)
+    if script is s2pg_gail:
+        options |= dict(num_steps=18, num_minibatches=3, bc_steps=2)
+    else:
+        options |= dict(learning_starts=20, batch_size=16)
     for scale in (1.0, -50.0):
 
         def other(*args, scale=scale, **kwargs):
             return gym.wrappers.TransformReward(make(*args, **kwargs), lambda r: scale * r)
 
         monkeypatch.setattr(envs, "make", other)
-        (tmp_path / str(scale)).mkdir()
-        monkeypatch.chdir(tmp_path / str(scale))
-        options = dict(total_timesteps=150, num_steps=100, eval_episodes=1, bc_steps=2)
-        s2pg_gail.train(s2pg_gail.Args(hide="velocities", **options))
-        (run_dir,) = (tmp_path / str(scale) / "runs").iterdir()
+        folder = tmp_path / str(scale)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        script.train(script.Args(**options))
+        (run_dir,) = folder.glob("runs/*")
         states.append(torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"])
-        events = EventAccumulator(str(run_dir))
-        events.Reload()
+        events = EventAccumulator(str(run_dir)).Reload()
         returns.append(events.Scalars("charts/episodic_return")[0].value)
-        assert [e.step for e in events.Scalars("eval/return_stochastic")] == [0, 150]
-        assert events.Scalars("charts/expert_return")[0].value == 1000
-    assert returns[1] == -50 * returns[0] and len(states[0]) > 30
+        evaluated = [event.step for event in events.Scalars("eval/return_stochastic")]
+        assert evaluated == ([0, 60] if script is s2pg_gail else [60])
+        assert events.Scalars("charts/expert_return")[0].value == 5
+    assert returns[1] == pytest.approx(-50 * returns[0]) and len(states[0]) > 20
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

@@ -20,7 +20,7 @@ OBS, CRITIC, ACTION, STATE = 3, 4, 2, 6
 CPU = torch.device("cpu")
 SCRIPTS = pytest.mark.parametrize("script", [s2pg_ppo, bptt_ppo], ids=lambda s: s.__name__)
 RNN = pytest.mark.parametrize("rnn", ["gru", "lstm", "rnn"])
-random_tests = settings(max_examples=50, deadline=None)
+random_tests = settings(max_examples=30, deadline=None)
 
 
 @pytest.fixture(autouse=True)
@@ -184,15 +184,13 @@ def test_sequences_partition_the_transitions_and_cross_no_episode(lanes, length)
     assert ((times >= 0) & (times < len(first) - 1)).all()
 
 
-@RNN
-def test_the_recurrent_layer_is_given_contiguous_states(rnn):
+def test_the_recurrent_layer_is_given_contiguous_states():
     """cuDNN takes no others: "rnn: hx is not contiguous"."""
-    agent, given = make_agent(bptt_ppo, rnn=rnn), []
+    agent, given = make_agent(bptt_ppo, rnn="lstm"), []
     for network in (agent.actor, agent.critic):
-        network.layer.register_forward_pre_hook(lambda layer, inputs: given.append(inputs[1]))
+        network.layer.register_forward_pre_hook(lambda layer, inputs: given.extend(inputs[1]))
     agent.update(fill(agent, *SOME_LANES))
-    states = [state for x in given for state in (x if isinstance(x, tuple) else (x,))]
-    assert len(states) > 40 and all(state.is_contiguous() for state in states)
+    assert len(given) > 40 and all(state.is_contiguous() for state in given)
 
 
 # --- rollouts made by `train` ---------------------------------------------------------------------
@@ -237,13 +235,18 @@ def train(script, tmp_path, monkeypatch, **options):
 
 
 @SCRIPTS
-@pytest.mark.parametrize("task", [PENDULUM, CUE], ids=lambda task: task["env_id"])
-def test_a_rollout_holds_what_was_seen_and_done(script, task, tmp_path, monkeypatch):
-    """The last rollout is a short one. Of the internal state tests/test_scripts.py knows."""
-    rollouts, acts, steps = train(script, tmp_path, monkeypatch, **task, std=0.8)
+@pytest.mark.parametrize(("task", "anneal"), [(PENDULUM, True), (CUE, False)])
+def test_a_rollout_holds_what_was_seen_and_done(script, task, anneal, tmp_path, monkeypatch):
+    """The last rollout is a short one. Of the internal state tests/test_scripts.py knows.
+
+    The learning rate falls linearly from the full one, by the steps done before each rollout.
+    """
+    options = task | dict(std=0.8, anneal_lr=anneal)
+    rollouts, acts, steps = train(script, tmp_path, monkeypatch, **options)
     first, final, acts, steps = np.ones(3, bool), np.zeros(3, bool), iter(acts), iter(steps)
     left, clipped = 150, 0
     for rollout in rollouts:
+        assert math.isclose(rollout.lr, 0.01 * left / 150 if anneal else 0.01, rel_tol=1e-6)
         for t in range(21):
             (obs, state, z, a_prev), (sample, _, log_prob, value) = next(acts)
             if t == 20 or left <= 0:  # the next rollout begins with this row
@@ -265,8 +268,22 @@ def test_a_rollout_holds_what_was_seen_and_done(script, task, tmp_path, monkeypa
     assert clipped > 0 and len(rollouts) >= 3 and t < 20
 
 
-def check_first_losses(script, tmp_path, monkeypatch, **options):
-    """Before the first step on a rollout, the loss finds the densities and values of acting."""
+@pytest.mark.parametrize(
+    "script, options",
+    [
+        (s2pg_ppo, dict(rnn="gru")), (s2pg_ppo, dict(rnn="lstm", privileged_critic=True)),
+        (s2pg_ppo, dict(rnn="rnn")), (s2pg_ppo, dict(memoryless=True)),
+        (bptt_ppo, dict(rnn="gru", sequence_length=1)),
+        (bptt_ppo, dict(rnn="lstm", sequence_length=3, privileged_critic=True)),
+        (bptt_ppo, dict(rnn="rnn", sequence_length=64)),
+    ],
+)  # fmt: skip
+def test_the_ratio_is_one_before_the_first_step(script, options, tmp_path, monkeypatch):
+    """The first loss of a rollout finds the densities and values of acting.
+
+    Although the normalisers have new statistics; in sequences, from the internal states at their
+    beginning.
+    """
     seen, ppo_loss = [], script.ppo_loss
 
     def watched(log_prob, value, log_std, batch, args):
@@ -275,7 +292,7 @@ def check_first_losses(script, tmp_path, monkeypatch, **options):
         return ppo_loss(log_prob, value, log_std, batch, args)
 
     monkeypatch.setattr(script, "ppo_loss", watched)
-    train(script, tmp_path, monkeypatch, **PENDULUM, **options)
+    train(script, tmp_path, monkeypatch, **PENDULUM, hide="velocities", **options)
     assert len(seen) >= 3
     for log_prob, value, old_log_prob, old_value in seen:
         # sums over some float32 terms of size 10, computed in other orders
@@ -284,37 +301,6 @@ def check_first_losses(script, tmp_path, monkeypatch, **options):
         assert log_prob.std() > 0.01 and value.std() > 1e-3
     # and it is not the same policy every time
     assert abs(seen[0][0].mean() - seen[-1][0].mean()) > 1e-3
-
-
-@pytest.mark.parametrize(
-    "options",
-    [dict(rnn="gru"), dict(rnn="lstm", privileged_critic=True), dict(rnn="rnn"),
-     dict(memoryless=True)],
-    ids=str,
-)  # fmt: skip
-def test_the_ratio_is_one_before_the_first_step(options, tmp_path, monkeypatch):
-    """Also after the statistics of the normalisers have changed."""
-    check_first_losses(s2pg_ppo, tmp_path, monkeypatch, hide="velocities", **options)
-
-
-@pytest.mark.parametrize("rnn, length", [("gru", 1), ("lstm", 3), ("gru", 64), ("rnn", 3)])
-def test_internal_states_along_sequences_are_those_of_acting(rnn, length, tmp_path, monkeypatch):
-    """Recomputed from those stored at their beginning, in policy and value."""
-    options = dict(rnn=rnn, sequence_length=length, hide="velocities", privileged_critic=True)
-    check_first_losses(bptt_ppo, tmp_path, monkeypatch, **options)
-
-
-@SCRIPTS
-@pytest.mark.parametrize("anneal", [True, False])
-def test_the_learning_rate_falls_linearly_if_asked_for(script, anneal, tmp_path, monkeypatch):
-    """From the full one in the first update, by the steps done before each rollout."""
-    rollouts, *_ = train(script, tmp_path, monkeypatch, **CUE, anneal_lr=anneal)
-    step, expected = 0, []
-    for rollout in rollouts:
-        expected.append(0.01 * (1 - anneal * step / 150))
-        step += int(valid(rollout).sum())
-    np.testing.assert_allclose([rollout.lr for rollout in rollouts], expected, rtol=1e-6)
-    assert len(expected) == 3 and step >= 150
 
 
 # --- policy gradients -----------------------------------------------------------------------------
@@ -336,13 +322,6 @@ def outputs_through_time(network, rollout, obs, z, length):
     return torch.cat(outputs).view(3, len(obs), -1).transpose(0, 1)
 
 
-def log_density_through_time(agent, rollout, length=64):
-    actor = agent.actor
-    obs, z = rollout.obs[:-1], rollout.z[:-1, :, : actor.z_dim]
-    mean = outputs_through_time(actor, rollout, obs, z, length)
-    return Normal(mean, actor.log_std.exp()).log_prob(rollout.sample[:-1]).sum(-1)
-
-
 @RNN
 def test_the_first_gradient_of_s2pg_is_that_of_reinforce(rnn, monkeypatch):
     """-E[grad log pi(a_t, z_{t+1} | o_t, z_t, a_{t-1}) G_t], rows alone: lambda = 1 and V = 0."""
@@ -357,7 +336,9 @@ def test_the_first_gradient_of_s2pg_is_that_of_reinforce(rnn, monkeypatch):
         row = actor.normalizer(rollout.obs[t, n]), rollout.z[t, n], rollout.a_prev[t, n]
         density = Normal(actor(*(x.unsqueeze(0) for x in row)).squeeze(0), actor.log_std.exp())
         sample = torch.cat([rollout.sample[t, n, :ACTION], rollout.z[t + 1, n]])
-        objective = objective + to_go[t, n] * density.log_prob(sample).sum()
+        log_prob = density.log_prob(sample).sum()
+        torch.testing.assert_close(rollout.log_prob[t, n], log_prob.detach())
+        objective = objective + to_go[t, n] * log_prob
     expected = torch.autograd.grad(-objective / valid(rollout).sum(), list(actor.parameters()))
     assert all(grad.any() for grad in expected)
     agent.update(rollout)
@@ -365,8 +346,7 @@ def test_the_first_gradient_of_s2pg_is_that_of_reinforce(rnn, monkeypatch):
     assert not flat(seen[0].gradients[1]).any()
 
 
-@pytest.mark.parametrize("length", [1, 3, 64])
-@pytest.mark.parametrize("rnn", ["gru", "lstm"])
+@pytest.mark.parametrize("rnn, length", [("gru", 1), ("lstm", 3), ("gru", 64)])
 def test_gradients_through_time_equal_those_of_a_loop_of_single_steps(rnn, length, monkeypatch):
     """Of policy and value, over episodes that the rollout cuts; back to a sequence's first row."""
     agent = make_agent(bptt_ppo, rnn=rnn, sequence_length=length, num_minibatches=1, vf_coef=0.7)
@@ -381,9 +361,12 @@ def test_gradients_through_time_equal_those_of_a_loop_of_single_steps(rnn, lengt
         bptt_ppo.update_returns(critic.returns, critic.head, returns, torch.ones(len(returns)))
 
     def gradient(length):
-        log_prob = log_density_through_time(agent, rollout, length)[is_valid]
-        obs, z = rollout.state[:-1], rollout.z[:-1, :, actor.z_dim :]
-        value = outputs_through_time(critic, rollout, obs, z, length).squeeze(-1)[is_valid]
+        z_actor, z_critic = rollout.z[:-1].split([actor.z_dim, critic.z_dim], -1)
+        mean = outputs_through_time(actor, rollout, rollout.obs[:-1], z_actor, length)
+        density = Normal(mean, actor.log_std.exp()).log_prob(rollout.sample[:-1])
+        log_prob = density.sum(-1)[is_valid]
+        value = outputs_through_time(critic, rollout, rollout.state[:-1], z_critic, length)
+        value = value.squeeze(-1)[is_valid]
         a = (advantage - advantage.mean()) / advantage.std(correction=0)
         error = value - critic.returns(returns)
         loss = -(log_prob * a).mean() + 0.7 * error.square().mean() / 2
@@ -396,27 +379,6 @@ def test_gradients_through_time_equal_those_of_a_loop_of_single_steps(rnn, lengt
     torch.testing.assert_close(actual, expected)
     # sharp: longer or shorter sequences have another gradient
     assert (other - expected).norm() > 0.002 * expected.norm()
-
-
-@SCRIPTS
-def test_rows_without_weight_have_no_influence(script, monkeypatch):
-    agent = make_agent(script, num_minibatches=1)
-    seen = watch(agent, monkeypatch)
-    agent.update(fill(agent, *SOME_LANES))
-    batch = seen[0].batch
-    outside = batch.weight == 0
-    assert outside.float().mean() > 0.1
-    columns = {name: column.clone() for name, column in batch._asdict().items()}
-    for name, column in columns.items():
-        if name != "weight" and column.shape[: outside.dim()] == outside.shape:
-            column[outside] = 1e3 * torch.randn_like(column[outside])
-    columns["old_log_prob"][outside] = -1e9  # rho would be infinite
-    for b in (batch, type(batch)(**columns)):
-        agent.loss(agent.actor, agent.critic, b, agent.args)
-    one, two = (torch.cat([flat(g) for g in x.gradients]) for x in seen[-2:])
-    assert torch.isfinite(two).all() and one.any()
-    torch.testing.assert_close(two, one)
-    torch.testing.assert_close(seen[-1].losses, seen[-2].losses)
 
 
 # --- losses ---------------------------------------------------------------------------------------
@@ -482,16 +444,21 @@ def test_with_clip_vloss_the_value_loss_is_the_larger_of_two_squared_errors(
 
 
 def test_the_loss_is_a_mean_over_the_rows_with_weight_and_less_by_the_entropy():
+    """Of those without, rho may be infinite, and infinity times 0 is no number."""
     names = "old_log_prob", "advantage", "returns", "old_value"
     log_prob, value, *columns = torch.randn(6, 30)
     weight, log_std = (torch.arange(30) % 3 > 0).double(), [0.3, -1.0]
     some = weight > 0
-    given = [log_prob[some], value[some]], [column[some] for column in columns]
     args = dict(vf_coef=0.3, ent_coef=0.01, clip_vloss=True)
-    expected, parts = loss_of(*given[0], None, log_std, args, **dict(zip(names, given[1])))
+    given = dict(zip(names, (column[some] for column in columns)))
+    expected, parts = loss_of(log_prob[some], value[some], None, log_std, args, **given)
+    columns[0][~some] = -1e9
+    log_prob.requires_grad_()
     loss, same = loss_of(log_prob, value, weight, log_std, args, **dict(zip(names, columns)))
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(same, parts)
+    (grad,) = torch.autograd.grad(loss, log_prob)
+    assert grad[some].any() and not grad[~some].any()
     entropy = Normal(0.0, torch.tensor(log_std).exp()).entropy().sum()
     torch.testing.assert_close(parts["entropy"], entropy)
     whole = parts["policy_loss"] + 0.3 * parts["value_loss"] - 0.01 * entropy
@@ -505,18 +472,6 @@ def test_shapes_that_would_broadcast_are_refused(column):
     x[column] = x[column].unsqueeze(-1)
     with pytest.raises(AssertionError, match=r"\[B, 1\]"):
         loss_of(*x, torch.ones(5), **dict.fromkeys(("old_log_prob", "advantage"), torch.randn(5)))
-
-
-def test_the_density_is_that_of_torch_distributions():
-    """With its gradients with respect to x, mean and log std."""
-    given = [torch.randn(40, 5), torch.randn(40, 5), torch.randn(5)]
-    x, mean, log_std = given = [tensor.requires_grad_() for tensor in given]
-    actual = s2pg_ppo.gaussian_log_prob(x, mean, log_std)
-    expected = Normal(mean, log_std.exp()).log_prob(x).sum(-1)
-    torch.testing.assert_close(actual, expected)
-    weight = torch.randn(40)
-    for a, b in zip(*(torch.autograd.grad(y @ weight, given) for y in (actual, expected))):
-        torch.testing.assert_close(a, b)
 
 
 # --- normalisers ----------------------------------------------------------------------------------
@@ -556,15 +511,14 @@ def test_a_normaliser_clips_at_ten_standard_deviations():
     torch.testing.assert_close(fresh, torch.tensor([0.5]))
 
 
-@SCRIPTS
-def test_new_statistics_of_the_returns_leave_every_value_as_it_is(script):
-    agent = make_agent(script)
-    returns, head = agent.critic.returns, agent.critic.head
+def test_new_statistics_of_the_returns_leave_every_value_as_it_is():
+    critic = make_agent(s2pg_ppo).critic
+    returns, head = critic.returns, critic.head
     features = torch.randn(20, head.in_features)
     for data in (torch.tensor([3.0, 50.0, 10.0]), torch.tensor([-1e3]), 1e4 * torch.rand(9)):
         before, old = returns.mean + returns.std * head(features), returns.mean.item()
         with torch.no_grad():
-            script.update_returns(returns, head, data, torch.ones(len(data)))
+            s2pg_ppo.update_returns(returns, head, data, torch.ones(len(data)))
         torch.testing.assert_close(returns.mean + returns.std * head(features), before)
         assert returns.mean.item() != old
     assert head.weight.requires_grad and head.weight.is_leaf
@@ -675,9 +629,9 @@ def test_an_update_moves_every_parameter_and_logs_the_means_of_its_last_epoch(sc
 
 
 @SCRIPTS
-@pytest.mark.parametrize(("target_kl", "epochs"), [(math.inf, 5), (1e9, 5), (0.0, 1)])
+@pytest.mark.parametrize(("target_kl", "epochs"), [(1e9, 3), (0.0, 1)])
 def test_no_epoch_follows_once_the_policy_has_gone_too_far(script, target_kl, epochs, monkeypatch):
-    agent = make_agent(script, target_kl=target_kl, update_epochs=5)
+    agent = make_agent(script, target_kl=target_kl, update_epochs=3)
     rollout, seen = fill(agent, *SOME_LANES), watch(agent, monkeypatch)
     agent.update(rollout)
     assert len(seen) == 4 * epochs
@@ -700,62 +654,28 @@ def test_each_step_takes_its_own_gradient_clipped_over_actor_and_critic_together
 # --- acting ---------------------------------------------------------------------------------------
 
 
-def acting(actor, n=6):
-    """Some obs, z and a_prev, [n, .]."""
-    return torch.randn(n, OBS), torch.randn(n, actor.z_dim), 2 * torch.rand(n, ACTION) - 1
-
-
-@SCRIPTS
-@pytest.mark.parametrize("rnn", ["gru", "lstm"])
-def test_a_gate_that_keeps_everything_keeps_the_internal_state(script, rnn):
-    """Also beyond [-1, 1], where the noise of z' may carry it: nothing squashes it."""
-    actor = make_agent(script, rnn=rnn).actor
-    cell = actor.cell if script is s2pg_ppo else actor.layer
-    with torch.no_grad():
-        for parameter in cell.parameters():
-            parameter.zero_()
-        bias = cell.bias_ih if script is s2pg_ppo else cell.bias_ih_l0
-        if rnn == "gru":  # gates: reset, update (1 keeps), new
-            bias.view(3, -1)[1] = 40
-        else:  # gates: input, forget (1 keeps), cell, output
-            bias.view(4, -1)[0], bias.view(4, -1)[1] = -40, 40
-    z = start = 3 * torch.randn(50, actor.z_dim)
-    for _ in range(100):
-        obs, _, a_prev = acting(actor, 50)
-        _, z = actor.act(obs, z, a_prev, deterministic=True)
-    kept = slice(STATE, None) if rnn == "lstm" else slice(None)  # the cell state, or all
-    torch.testing.assert_close(z[:, kept], start[:, kept])
-
-
 @SCRIPTS
 @RNN
-def test_deterministic_acting_is_at_the_means_and_uses_no_random_numbers(script, rnn):
-    actor = make_agent(script, rnn=rnn).actor
-    actor.normalizer.update(5 + 3 * torch.randn(100, OBS), torch.ones(100))
-    obs, z, a_prev = acting(actor)
-    before = torch.get_rng_state()
-    a, z_next = actor.act(obs, z, a_prev, deterministic=True)
-    assert torch.equal(torch.get_rng_state(), before)
-    if script is s2pg_ppo:
-        mean_a, mean_z = actor(actor.normalizer(obs), z, a_prev).split([ACTION, actor.z_dim], -1)
-    else:
-        mean_a, mean_z = actor.step(obs, z, a_prev)
-    assert torch.equal(a, mean_a.clamp(-1, 1)) and torch.equal(z_next, mean_z)
-
-
-@SCRIPTS
-@RNN
-def test_sampled_actions_have_the_learned_spread_and_are_clipped(script, rnn):
+def test_acting_is_at_the_means_or_with_the_learned_spread_and_clipped(script, rnn):
     """The internal state of S2PG has one, too, and is not clipped; that of BPTT has none."""
     n = 20_000
     actor = make_agent(script, rnn=rnn).actor
+    actor.normalizer.update(5 + 3 * torch.randn(100, OBS), torch.ones(100))
     with torch.no_grad():
         actor.log_std.copy_(torch.linspace(-3, -1, len(actor.log_std)))
         actor.log_std[1] = actor.log_std[-1] = 0.5
         std = actor.log_std.exp()
-    x = [v.expand(n, -1) for v in acting(actor, 1)]
-    a, z = actor.act(*x)
+    x = torch.randn(1, OBS), torch.randn(1, actor.z_dim), 2 * torch.rand(1, ACTION) - 1
+    obs, z, a_prev = x = [v.expand(n, -1) for v in x]
+    before = torch.get_rng_state()
     mean_a, mean_z = actor.act(*x, deterministic=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    if script is s2pg_ppo:
+        forward = actor(actor.normalizer(obs), z, a_prev).split([ACTION, actor.z_dim], -1)
+    else:
+        forward = actor.step(obs, z, a_prev)
+    assert torch.equal(mean_a, forward[0].clamp(-1, 1)) and torch.equal(mean_z, forward[1])
+    a, z = actor.act(*x)
     assert a.abs().max() == 1 and (a[:, 1].abs() == 1).double().mean() > 0.3
     assert abs((a - mean_a)[:, 0].std() / std[0] - 1) < 0.025  # 5 standard errors; none is clipped
     if script is bptt_ppo:
@@ -764,17 +684,6 @@ def test_sampled_actions_have_the_learned_spread_and_are_clipped(script, rnn):
         assert (((z - mean_z).std(0) / std[ACTION:] - 1).abs() < 0.025).all() and z.abs().max() > 2
         both = torch.cat([a, z], -1)
         assert (torch.corrcoef(both.T) - torch.eye(len(std))).abs().max() < 5 / math.sqrt(n)
-
-
-@SCRIPTS
-@RNN
-def test_what_is_done_and_remembered_depends_on_all_that_is_given(script, rnn):
-    actor = make_agent(script, rnn=rnn, std=0.7).actor
-    given = acting(actor, 4)
-    for k in range(3):
-        changed = [-x if i == k else x for i, x in enumerate(given)]
-        for before, after in zip(*(actor.act(*x, deterministic=True) for x in (given, changed))):
-            assert (before != after).any(-1).all()
 
 
 def test_stds_start_as_asked_for():

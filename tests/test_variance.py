@@ -39,43 +39,6 @@ def standard_errors(samples, exact):
     return (samples.mean(0) - exact) / error, error
 
 
-def quadrature_gradient(z_n, memory_std):
-    """The gradient of J for T = 3, by Gauss quadrature over s_0..s_2, e_0, e_1 and the action's."""
-    theta = torch.from_numpy(variance.THETA).requires_grad_()
-    uniform, uniform_weights = np.polynomial.legendre.leggauss(6)
-    normal, normal_weights = np.polynomial.hermite_e.hermegauss(10)
-    rules = 3 * [(uniform, uniform_weights / 2)] + 3 * [
-        (normal, normal_weights / math.sqrt(2 * math.pi))
-    ]
-    grid = np.meshgrid(*(nodes for nodes, _ in rules), indexing="ij")
-    s0, s1, s2, e0, e1, action = (torch.from_numpy(axis) for axis in grid)
-    weights = torch.from_numpy(math.prod(np.ix_(*(weights for _, weights in rules))))
-
-    (k_s, u), z = theta, 0.0
-    J = 0.0
-    for t, (s, e) in enumerate([(s0, e0), (s1, e1), (s2, 0)]):
-        a = k_s * s + 0.5 * z + 0.5 * action
-        J = J + 0.99**t * (weights * torch.cos(a)).sum()
-        z = z_n * z + u * s + memory_std * e
-    return torch.autograd.grad(J, theta)[0].numpy()
-
-
-@pytest.mark.parametrize("memory_std", [0.0, 0.5])
-@pytest.mark.parametrize("z_n", [0.5, 1.2])
-def test_the_closed_form_of_the_gradient_agrees_with_quadrature(z_n, memory_std):
-    exact = variance.exact_gradient(z_n, memory_std, T=3)
-    assert np.allclose(exact, quadrature_gradient(z_n, memory_std), rtol=1e-7)
-
-
-@pytest.mark.parametrize("memory_std", [0.0, 0.5])
-def test_finite_differences_agree_with_the_closed_form(memory_std):
-    """Also for T = 10, where quadrature would need too many nodes."""
-    differences = variance.finite_differences(50_000, 10, 0.9, memory_std, seed=0)
-    exact = variance.exact_gradient(0.9, memory_std, T=10)
-    z, error = standard_errors(differences, exact)
-    assert abs(z).max() < 4.5 and error.max() < 0.01 * np.linalg.norm(exact)
-
-
 @pytest.mark.parametrize(("estimator", "memory_std", "other"), [("S2PG", 0.5, 0), ("BPTT", 0, 0.5)])
 def test_an_estimator_is_unbiased_for_its_own_objective_alone(estimator, memory_std, other):
     z_n, T, n = 1.2, 5, 200_000
@@ -136,7 +99,7 @@ def test_an_estimate_is_the_whole_return_times_the_whole_score():
         assert np.allclose(estimates[T - 1], returns[:, None] * scores.sum(0))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     z_n=st.floats(0, 1.5), T=st.integers(1, 40), memory_std=st.floats(0.02, 2),
     estimator=st.sampled_from(ESTIMATORS),
@@ -146,60 +109,18 @@ def test_no_bound_is_violated(z_n, T, memory_std, estimator):
     assert trace_variance(estimator, T, z_n, noise) < bound(estimator, T, z_n, memory_std)
 
 
-@pytest.mark.parametrize("z_n", [0.5, 1.0, 1.2])
-def test_the_squared_score_is_below_the_bound_by_the_spread_of_s(z_n):
-    """E |score|^2 is exact: E s^2 = 1/3 stands where the bounds have F = H = 1 = max s^2."""
-    n, T, memory_std = 20_000, 8, 0.3
-    powers = [sum(z_n ** (2 * i) for i in range(t)) for t in range(T)]
-    exact = {
-        "S2PG": T / 3 * (PRECISION + memory_std**-2),
-        "BPTT": PRECISION / 3 * (T + variance.K_Z**2 * sum(powers)),
-    }
-    for estimator in ESTIMATORS:
-        case = estimator, n, T, z_n, memory_std if estimator == "S2PG" else 0
-        _, scores = variance.returns_and_scores(*case, np.random.default_rng(0))
-        z, error = standard_errors((scores[-1] ** 2).sum(-1), exact[estimator])
-        assert abs(z) < 4.5 and error < 0.03 * exact[estimator]
-        c = variance.squared_return_bound(T, R=1, N=1)
-        assert c * exact[estimator] < bound(estimator, T, z_n, memory_std)
-    # the bound of S2PG is the same with 1 in place of 1/3, and nothing else
-    assert math.isclose(3 * c * exact["S2PG"], bound("S2PG", T, z_n, memory_std))
-
-
-def test_the_return_is_bounded_and_averaging_divides_the_bounds():
-    largest = 2 * (1 + 0.99 + 0.99**2)
-    assert math.isclose(variance.squared_return_bound(3, R=2, N=5), largest**2 / 5)
-    one, many = variance.s2pg_bound(7, 4, 9), variance.s2pg_bound(7, 4, 9, R=3, N=2)
-    assert math.isclose(many, 9 / 2 * one)
-    one, many = variance.bptt_bound(7, 0.9, 4), variance.bptt_bound(7, 0.9, 4, R=3, N=2)
-    assert math.isclose(many, 9 / 2 * one)
-
-
 def test_the_bounds_are_sums_over_time_of_squared_jacobians():
     """BPTT at step t: |d mu / d theta| <= F + K H (1 + Zn + .. + Zn^(t-1)); with K = 0 no more."""
-    F, H, K, T = 2.0, 3.0, 0.7, 9
-    c = variance.squared_return_bound(T, R=1, N=1)
-    assert math.isclose(variance.s2pg_bound(T, 4, 9, F=F, H=H), c * T * (F**2 * 4 + H**2 * 9))
+    F, H, K, T, R, N = 2.0, 3.0, 0.7, 9, 3, 2
+    c, sizes = (R * sum(0.99**t for t in range(T))) ** 2 / N, dict(F=F, H=H, R=R, N=N)
+    assert math.isclose(variance.s2pg_bound(T, 4, 9, **sizes), c * T * (F**2 * 4 + H**2 * 9))
     for z_n in (0.9, 1, 1.2):
         jacobian, squares = 0.0, 0.0  # |Psi_0| = 0, |Psi_{t+1}| <= H + Zn |Psi_t|
         for _ in range(T):
             squares += (F + K * jacobian) ** 2
             jacobian = H + z_n * jacobian
-        assert math.isclose(variance.bptt_bound(T, z_n, 4, F=F, H=H, K=K), c * 4 * squares)
-        assert math.isclose(variance.bptt_bound(T, z_n, 4, F=F, H=H, K=0), c * 4 * T * F**2)
-
-
-def test_longer_memory_costs_bptt_variance_and_little_noise_costs_s2pg():
-    s2pg, bptt = (
-        [trace_variance(name, 30, z_n, std) for z_n in (0.5, 1.2)]
-        for name, std in (("S2PG", 0.5), ("BPTT", 0))
-    )
-    assert s2pg[1] < s2pg[0] and bptt[1] > 50 * bptt[0]
-    assert bptt[1] > bound("S2PG", 30, 1.2, 0.5)
-    # the variance of S2PG grows as 1 / std^2, beyond ten times that of BPTT
-    much, little = (trace_variance("S2PG", 10, 0.5, std) for std in (0.1, 0.05))
-    assert math.isclose(little / much, 4, rel_tol=0.1)
-    assert much > 10 * trace_variance("BPTT", 10, 0.5, 0)
+        assert math.isclose(variance.bptt_bound(T, z_n, 4, K=K, **sizes), c * 4 * squares)
+        assert math.isclose(variance.bptt_bound(T, z_n, 4, K=0, **sizes), c * 4 * T * F**2)
 
 
 def test_the_script_writes_a_row_for_each_case_and_a_picture(tmp_path, capsys):
@@ -258,10 +179,10 @@ def test_the_check_of_the_bias_takes_new_trajectories_for_each_batch(estimator, 
 
 
 def test_the_error_of_a_variance_is_its_spread_over_seeds():
-    args = [variance.Args(trajectories=200, horizons=(4,), seed=seed) for seed in range(200)]
+    args = [variance.Args(trajectories=200, horizons=(4,), seed=seed) for seed in range(100)]
     rows = [variance.measure("S2PG", 0.9, 0.5, seed_args)[0] for seed_args in args]
     variances, errors = ([row[name] for row in rows] for name in ("variance", "variance_error"))
-    assert math.isclose(np.std(variances), np.mean(errors), rel_tol=0.2)
+    assert math.isclose(np.std(variances), np.mean(errors), rel_tol=0.3)
 
 
 def test_there_may_be_no_contracting_recurrence_and_so_no_bad_case(tmp_path):

@@ -10,7 +10,6 @@ the same time.
 """
 
 import collections
-import contextlib
 import json
 import os
 import runpy
@@ -18,7 +17,7 @@ import sys
 from unittest import mock
 
 import torch
-from recording import NoStream, Recording
+from recording import Recording, emulated_cuda
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -26,7 +25,6 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _setup_privateuseone_for_python_backend("card")  # for autograd, which has to know the device
 CARD = torch.device("card", 0)  # the script calls it cuda:0
-COPY = torch.ops.aten.copy_
 COUNTS = {kind: collections.Counter() for kind in ("waits", "copies", "launches")}
 
 
@@ -61,7 +59,8 @@ class Graph(Recording):
     def replay(self):
         count("launches")
         Graph.within = True
-        super().replay()
+        with torch._C.DisableTorchFunction():
+            super().replay()
         Graph.within = False
 
 
@@ -92,28 +91,28 @@ def on_host(x):
 
 def refuse_mixed(function, operands):
     """RuntimeError where one is on the card and one is not, unless it is a single number."""
-    if any(isinstance(x, OnCard) for x in operands):
-        for x in operands:
-            if not isinstance(x, OnCard) and x.dim() > 0:
-                raise RuntimeError(f"{function}: tensors on the card and on the CPU")
+    on_card = [isinstance(x, OnCard) for x in operands]
+    if any(on_card) and any(x.dim() > 0 for x, there in zip(operands, on_card) if not there):
+        raise RuntimeError(f"{function}: tensors on the card and on the CPU")
 
 
 def dispatch(function, args, kwargs):
     """Do an operation on the CPU; its results are on the card if they would be."""
     operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    from_card = any(isinstance(x, OnCard) for x in operands)
-    name, to_card = function.overloadpacket.__name__, from_card
-    if function.overloadpacket is COPY:
+    from_card = to_card = any(isinstance(x, OnCard) for x in operands)
+    name = function.overloadpacket.__name__
+    if name == "copy_":
         to_card = isinstance(operands[0], OnCard)
-    elif "device" in kwargs and kwargs["device"] is not None:
+    elif kwargs.get("device") is not None:
         to_card = kwargs["device"].type == CARD.type
         kwargs = kwargs | dict(device=torch.device("cpu"))
-    if name not in ("copy_", "_to_copy"):
+    copies = name in ("copy_", "_to_copy")
+    if not copies:
         refuse_mixed(function, operands)
     masked = name.startswith("index") and any(x.dtype == torch.bool for x in operands[1:])
     if from_card and (not to_card or masked or name == "_local_scalar_dense"):
         count("waits")
-    elif name in ("copy_", "_to_copy") and to_card and not isinstance(operands[-1], OnCard):
+    elif copies and to_card and not isinstance(operands[-1], OnCard):
         count("copies")
     elif to_card and not function.is_view and not name.startswith("empty") and not Graph.within:
         count("launches")
@@ -164,6 +163,7 @@ class Names(TorchFunctionMode):
     recurrent = "gru_cell", "lstm_cell", "rnn_tanh_cell", "gru", "lstm", "rnn_tanh"
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         leaves, structure = tree_flatten(args)
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         on_card = any(isinstance(x, OnCard) for x in tensors)
@@ -177,10 +177,12 @@ class Names(TorchFunctionMode):
             refuse_mixed(function, tensors)
             return Recurrent.apply(function, structure, *leaves)
 
-        def card(x):
-            return CARD if isinstance(x, torch.device | str) and str(x).startswith("cuda") else x
+        def cuda(x):
+            return isinstance(x, torch.device | str) and str(x).startswith("cuda")
 
-        args, kwargs = tree_map(card, args), tree_map(card, kwargs or {})
+        if any(map(cuda, leaves)):
+            args = tree_map(lambda x: CARD if cuda(x) else x, args)
+        kwargs = {name: CARD if cuda(x) else x for name, x in kwargs.items()}
         if function is torch.tensor and kwargs.get("device") == CARD:
             grad = kwargs.pop("requires_grad", False)
             return function(*args, **kwargs | dict(device="cpu")).to(CARD).requires_grad_(grad)
@@ -192,14 +194,12 @@ class Names(TorchFunctionMode):
 
 def main():
     """The script that is named first, with the options behind it."""
-    cuda = dict(
+    cuda = emulated_cuda(Graph) | dict(
         is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
-        _lazy_init=lambda: None, manual_seed_all=lambda seed: None, synchronize=lambda: None,
+        _lazy_init=lambda: None, manual_seed_all=lambda seed: None,
         # there is one generator, that of the CPU
         get_rng_state=lambda device: torch.get_rng_state(),
         set_rng_state=lambda state, device: torch.set_rng_state(state),
-        CUDAGraph=Graph, graph=lambda recording: recording, Stream=NoStream,
-        current_stream=NoStream, stream=lambda stream: contextlib.nullcontext(),
     )  # fmt: skip
     sys.argv = [os.path.abspath(sys.argv[1]), *sys.argv[2:]]
     sys.path.insert(0, os.path.dirname(sys.argv[0]))

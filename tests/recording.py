@@ -1,13 +1,10 @@
 """CUDA graphs on the CPU: what is recorded, and repeated in the same memory without the Python."""
 
+import contextlib
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-
-def storage(tensor):
-    """Where the memory of a tensor is; of one of emulated_card.py, that of the tensor inside."""
-    return getattr(tensor, "host", tensor).untyped_storage().data_ptr()
 
 
 class Recording(TorchDispatchMode):
@@ -27,7 +24,9 @@ class Recording(TorchDispatchMode):
         if name in self.waiting or masks:
             raise RuntimeError(f"{function} waits for the device, which a capture does not allow")
         result = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, result))
+        # what was in place, or is a view, has nothing to be copied
+        aliases = any(value.alias_info for value in function._schema.returns)
+        self.calls.append((function, args, kwargs or {}, [] if aliases else tree_leaves(result)))
         return result
 
     def replay(self):
@@ -35,14 +34,21 @@ class Recording(TorchDispatchMode):
         if self.replays == 1:  # a capture on CUDA runs nothing, this one did
             return
         with torch.no_grad():
-            for function, args, kwargs, result in self.calls:
+            for function, args, kwargs, results in self.calls:
                 fresh = function(*args, **kwargs)
-                for old, new in zip(tree_leaves(result), tree_leaves(fresh)):
-                    # unless it was in place, or is a view
-                    if torch.is_tensor(old) and storage(old) != storage(new):
+                for old, new in zip(results, tree_leaves(fresh)):
+                    if torch.is_tensor(old):
                         old.copy_(new)
 
 
 class NoStream:
     def wait_stream(self, stream):
         pass
+
+
+def emulated_cuda(graph):
+    """What `torch.cuda` has for graphs, where `graph()` is one that is none."""
+    return dict(
+        CUDAGraph=graph, graph=lambda recording: recording, synchronize=lambda: None,
+        Stream=NoStream, current_stream=NoStream, stream=lambda stream: contextlib.nullcontext(),
+    )  # fmt: skip

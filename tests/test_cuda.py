@@ -6,15 +6,15 @@ operand on the host, a branch on it, a number read from the device, a tensor tha
 one in each call. Those at the end need a card, and show that it does the same.
 """
 
-import contextlib
 import functools
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from recording import NoStream, Recording
+from recording import Recording, emulated_cuda
 
 import bptt_ppo
 import bptt_sac
@@ -40,21 +40,13 @@ variants = pytest.mark.parametrize("script, options", VARIANTS)
 
 
 @pytest.fixture
-def graphs(monkeypatch):
+def graphs():
     """All graphs captured so far, by an emulated CUDA."""
     made = []
-
-    def graph():
-        made.append(Recording())
-        return made[-1]
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda recording: recording)
-    monkeypatch.setattr(torch.cuda, "Stream", NoStream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    return made
+    with mock.patch.multiple(
+        torch.cuda, **emulated_cuda(lambda: made.append(Recording()) or made[-1])
+    ):
+        yield made
 
 
 def row(step, device):
@@ -63,12 +55,6 @@ def row(step, device):
     seen = (torch.randn(1, size, generator=generator).tanh().to(device) for size in SIZES)
     terminated = np.array([step % 7 == 5 and step % 2 == 0])
     return *seen, np.array([float(step % 3)]), terminated, np.array([step % 7 == 0])
-
-
-def add(agent, buffer, step):
-    obs, critic_obs, action, *numbers = row(step, agent.device)
-    z = torch.full((1, agent.z_dim), 0.1 * (step % 5), device=agent.device)
-    buffer.add(obs, critic_obs, z, action, *numbers)
 
 
 def trained(script, rounds, device=CPU, **options):
@@ -94,11 +80,14 @@ def trained(script, rounds, device=CPU, **options):
     agent = script.Agent(script.Args(state_dim=4, **options), ENV, device)
     kind = script.SequenceBuffer if script is bptt_sac else script.TransitionBuffer
     buffer = kind(40, 1, *agent.row_sizes, device)
-    for step in range(30):
-        add(agent, buffer, step)
-    for step in range(30, 30 + rounds):  # past the end of the ring
-        losses = agent.update(buffer)
-        add(agent, buffer, step)
+    z = torch.zeros(1, agent.z_dim, device=device)
+    for step in range(30 + rounds):  # past the end of the ring
+        obs, state, action, *numbers = row(step, device)
+        if step < 30:
+            action, z = (x.clone() for x in agent.act(obs, z, action))
+        else:
+            losses = agent.update(buffer)
+        buffer.add(obs, state, z, action, *numbers)
     return agent, losses, buffer
 
 
@@ -119,42 +108,19 @@ def assert_same(one, other, **tolerance):
         torch.testing.assert_close(one[name], other[name], msg=name, **tolerance)
 
 
-def acting(script, device=CPU, **options):
-    """What an agent does in twelve steps."""
-    torch.manual_seed(1)
-    agent, done = script.Agent(script.Args(state_dim=4, **options), ENV, device), []
-    z, a_prev = (torch.zeros(1, size, device=device) for size in (agent.z_dim, SIZES[2]))
-    for step in range(12):
-        if step == 8:  # as an update would
-            with torch.no_grad():
-                torch._foreach_mul_(list(agent.actor.parameters()), 1.5)
-        seen = row(step, device)[: 1 + (script in ON_POLICY)]
-        action, z, *rest = (x.clone() for x in agent.act(*seen, z, a_prev))
-        a_prev = action[:, : SIZES[2]].clamp(-1, 1)
-        done += [action, z, *rest]
-    return done
-
-
 @variants
 @torch.backends.mkldnn.flags(enabled=False)  # its LSTM keeps what a replay cannot write to
-def test_a_replayed_update_is_the_update(script, options, graphs):
+def test_replayed_actions_and_updates_are_the_actions_and_updates(script, options, graphs):
     rounds = 4 if script in ON_POLICY else 15
     eager = trained(script, rounds, **options)
     assert not graphs
     captured = trained(script, rounds, cudagraphs=True, **options)
     assert graphs and all(graph.replays >= 4 for graph in graphs)
     if script in OFF_POLICY:
-        assert len(graphs) == options.get("policy_frequency", 1)
-        assert sum(graph.replays for graph in graphs) == 15 - 3 * len(graphs)
+        act, *updates = graphs
+        assert act.replays == 30 - 3 and len(updates) == options.get("policy_frequency", 1)
+        assert sum(graph.replays for graph in updates) == 15 - 3 * len(updates)
     assert_same(eager, captured, rtol=0, atol=0)
-
-
-@each
-def test_a_replayed_action_is_the_action(script, graphs):
-    eager, replayed = acting(script), acting(script, cudagraphs=True)
-    (graph,) = graphs
-    assert graph.replays == 12 - 3
-    assert all(torch.equal(a, b) for a, b in zip(eager, replayed, strict=True))
 
 
 def test_the_arguments_of_a_graph_are_copied_to_where_it_reads_them(graphs):
@@ -171,27 +137,23 @@ def test_the_first_calls_wait_for_what_was_done_on_the_usual_stream(graphs, monk
     """They run on another stream, which does not wait by itself for the arguments to be copied."""
     events = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
-    monkeypatch.setattr(NoStream, "wait_stream", lambda *args: events.append("wait"))
     s2pg_sac.Graphed(lambda: events.append("call"))()
     assert events == ["wait", "call", "wait"]
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
+def test_what_waits_for_the_device_cannot_be_captured(graphs):
+    for function in (
         lambda x: x.mul_(2 if x.sum().item() > 0 else 3),
         lambda x: x[x > 0].sum(),
         lambda x: x.index_put_((x > 0,), torch.zeros(())),
         lambda x: (x > 0).nonzero(),
         lambda x: x + torch.tensor([1.0, 2.0, 3.0]),
-    ],
-)
-def test_what_waits_for_the_device_cannot_be_captured(function, graphs):
-    graphed = s2pg_sac.Graphed(function)
-    for _ in range(3):
-        graphed(torch.ones(3))
-    with pytest.raises(RuntimeError, match="waits for the device"):
-        graphed(torch.ones(3))
+    ):
+        graphed = s2pg_sac.Graphed(function)
+        for _ in range(3):
+            graphed(torch.ones(3))
+        with pytest.raises(RuntimeError, match="waits for the device"):
+            graphed(torch.ones(3))
 
 
 def test_the_emulation_repeats_what_was_captured_and_not_what_python_would_do(graphs):
@@ -211,40 +173,39 @@ def test_the_emulation_repeats_what_was_captured_and_not_what_python_would_do(gr
 @each
 def test_compiled_losses_are_the_losses(script, monkeypatch):
     """Without the minutes of a C++ compiler. A recurrent layer breaks the graph of BPTT-PPO."""
-    options = dict(backend="aot_eager", fullgraph=script is not bptt_ppo)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, **options))
-    assert_same(trained(script, 2), trained(script, 2, compile=True), rtol=1e-4, atol=1e-5)
+    backend = dict(backend="aot_eager", fullgraph=script is not bptt_ppo)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, **backend))
+    options = dict(num_minibatches=1) if script in ON_POLICY else {}  # each shape is compiled
+    plain, compiled = (trained(script, 2, compile=x, **options) for x in (False, True))
+    assert_same(plain, compiled, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("script", [s2pg_sac, s2pg_ppo], ids=lambda s: s.__name__)
 def test_a_checkpoint_of_a_card_leaves_the_optimizer_its_own_device_and_rate(script, tmp_path):
-    off_policy = script is s2pg_sac
-    save, read = (
-        (script.save_checkpoint, script.load_checkpoint)
-        if off_policy
-        else (script.save_run, script.load_run)
-    )
     agent, _, buffer = trained(script, 2)
-    buffer = [buffer] if off_policy else []
     for group in agent.optimizers[0].param_groups:
         group["capturable"] = True
-    save(tmp_path, agent, *buffer, global_step=1, seconds=1.0)
-    rate = dict(critic_lr=7e-4) if off_policy else dict(learning_rate=7e-4)
-    agent = script.Agent(script.Args(state_dim=4, **rate), ENV, CPU)
-    kind = type(agent.optimizers[0].param_groups[0]["lr"])
-    read(tmp_path, agent, *buffer)
+    if script is s2pg_sac:
+        script.save_checkpoint(tmp_path, agent, buffer, global_step=1, seconds=1.0)
+        agent = script.Agent(script.Args(state_dim=4, critic_lr=7e-4), ENV, CPU)
+        script.load_checkpoint(tmp_path, agent, buffer)
+    else:
+        script.save_run(tmp_path, agent, global_step=1, seconds=1.0)
+        agent = script.Agent(script.Args(state_dim=4, learning_rate=7e-4), ENV, CPU)
+        assert torch.is_tensor(agent.optimizer.param_groups[0]["lr"])
+        script.load_run(tmp_path, agent)
+        assert torch.is_tensor(agent.optimizer.param_groups[0]["lr"])
     (group,) = agent.optimizers[0].param_groups
-    assert group["capturable"] is False and type(group["lr"]) is kind
-    assert float(group["lr"]) == pytest.approx(7e-4) and agent.optimizers[0].state_dict()["state"]
+    assert group["capturable"] is False and agent.optimizers[0].state_dict()["state"]
+    assert float(group["lr"]) == pytest.approx(7e-4)
 
 
-def test_arrays_go_to_the_device_as_numbers_of_32_bits():
+def test_arrays_go_to_the_device_as_copies_of_32_bits():
     array = np.arange(6.0).reshape(2, 3)
     tensor = s2pg_sac.to_device(array, CPU)
-    assert tensor.dtype == torch.float32 and tensor.tolist() == array.tolist()
-    array[0, 0] = 7
-    assert tensor[0, 0] == 0  # a copy
+    array += 1
+    assert tensor.dtype == torch.float32 and tensor.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert s2pg_sac.to_device([True, False], CPU).tolist() == [1, 0]
 
 
@@ -257,19 +218,14 @@ same_random_numbers = torch._inductor.config.patch(fallback_random=True)
 @variants
 @pytest.mark.parametrize("compiled", [False, True])
 @same_random_numbers
-def test_on_a_card_a_replayed_update_is_the_update(script, options, compiled):
+def test_on_a_card_replayed_actions_and_updates_are_the_actions_and_updates(
+    script, options, compiled
+):
     rounds = 3 if script in ON_POLICY else 8
     eager = trained(script, rounds, CARD, **options)
     other = trained(script, rounds, CARD, cudagraphs=True, compile=compiled, **options)
     # Adam makes a step of a gradient's rounding error, too: of 3e-4, in each of eight updates
     assert_same(eager, other, rtol=1e-3, atol=1e-3)
-
-
-@needs_card
-@each
-def test_on_a_card_a_replayed_action_is_the_action(script):
-    for a, b in zip(acting(script, CARD), acting(script, CARD, cudagraphs=True), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 @needs_card

@@ -51,13 +51,13 @@ def start_sweep(*options):
     return subprocess.Popen(command, text=True, start_new_session=True, **pipes)
 
 
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out + err
-
-
 def smoke(**selection):
     return sweep.runs_of(CLAIMS["smoke"], "runs/sweep", **selection)
+
+
+def processes_in(folder):
+    links = Path("/proc").glob("[0-9]*/cwd")
+    return [int(link.parent.name) for link in links if os.path.realpath(link) == str(folder)]
 
 
 def wait_for(condition):
@@ -108,9 +108,13 @@ def test_a_sweep_killed_at_any_time_finishes_what_is_left(capsys):
     one, two = runs = smoke(seeds=(1,))  # with and without a memory
     first = start_sweep(*options)
     wait_for(lambda: sweep.run_dir(one))
-    os.killpg(first.pid, signal.SIGKILL)  # the machine goes down, and the runs with it
-    first.communicate()
     begun = sweep.run_dir(one)
+    first.kill()  # and nothing else: the run goes on, slowly
+    (pid,) = processes_in(one.folder)
+    os.kill(pid, signal.SIGSTOP)
+    assert not sweep.is_done(one) and sweep.execute(one) == "is running already"
+    os.killpg(first.pid, signal.SIGKILL)  # the machine goes down, and the run with it
+    first.communicate()
     assert not sweep.is_done(one) and not two.folder.exists()
     origin = json.loads((one.folder / "machine.json").read_text())  # as if the code had changed
     older = dict(commit="older", hardware="Another CPU 2")
@@ -119,8 +123,8 @@ def test_a_sweep_killed_at_any_time_finishes_what_is_left(capsys):
     second = start_sweep(*options)
     wait_for(lambda: sweep.is_done(one))
     second.terminate()
-    status, said = finish(second)
-    assert status == 128 + signal.SIGTERM and not sweep.is_done(two), said
+    said = second.communicate(timeout=300)
+    assert second.returncode == 128 + signal.SIGTERM and not sweep.is_done(two), said
     call(sweep, *options)
     assert all(map(sweep.is_done, runs)) and sweep.run_dir(one) == begun
     assert all(len(list(run.folder.glob("runs/*"))) == 1 for run in runs)
@@ -161,25 +165,6 @@ def test_a_sweep_killed_at_any_time_finishes_what_is_left(capsys):
     assert "left out: results is no run" in said and "own.csv: 4 rows" in said
 
 
-def processes_in(folder):
-    links = Path("/proc").glob("[0-9]*/cwd")
-    return [int(link.parent.name) for link in links if os.path.realpath(link) == str(folder)]
-
-
-def test_runs_that_a_killed_sweep_left_behind_are_not_begun_twice():
-    (own,) = smoke(seeds=(1,), methods=("S2PG-SAC",))
-    first = start_sweep(*ONE)
-    wait_for(lambda: sweep.run_dir(own))
-    first.kill()  # and nothing else: the run goes on, slowly
-    (pid,) = processes_in(own.folder)
-    os.kill(pid, signal.SIGSTOP)
-    assert not sweep.is_done(own)
-    assert sweep.execute(own) == "is running already"
-    os.kill(pid, signal.SIGCONT)
-    wait_for(lambda: sweep.is_done(own))
-    assert len(list(own.folder.glob("runs/*"))) == 1
-
-
 def test_a_run_that_has_to_leave_its_node_goes_to_the_queue_again(tmp_path):
     """submitit says so by a signal; its local controller starts again what asks for it."""
     (own,) = smoke(seeds=(1,), methods=("S2PG-SAC",))
@@ -192,8 +177,8 @@ def test_a_run_that_has_to_leave_its_node_goes_to_the_queue_again(tmp_path):
         if b"submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes()
     )
     os.kill(pid, signal.SIGUSR2)
-    status, said = finish(process)
-    assert status == 0 and "__1 done" in said, said
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and "__1 done" in out, out + err
     assert sweep.is_done(own) and sweep.run_dir(own) == begun
     log = (own.folder / "log.txt").read_text()
     assert "go on with --resume" in log and log.count("step 800: return") == 1
@@ -211,13 +196,14 @@ def test_a_run_that_is_slow_to_leave_goes_to_the_queue_all_the_same():
     assert not sweep.CHILDREN and not sweep.STOPPED
 
 
-def test_a_run_that_fails_fails_the_sweep():
+def test_a_run_that_fails_fails_the_sweep(capsys):
     (own,) = smoke(seeds=(1,), methods=("S2PG-SAC",))
     own.folder.mkdir(parents=True)
     (own.folder / "runs").write_text("a file where the script wants a folder")
-    status, said = finish(start_sweep(*ONE))
-    assert status == 1 and "1 of 1 runs did not finish" in said
-    assert "log.txt" in said and (own.folder / "log.txt").read_text()
+    with pytest.raises(SystemExit, match="1 of 1 runs did not finish"):
+        call(sweep, *ONE)
+    said = "".join(capsys.readouterr())
+    assert "ended with status 1, see" in said and (own.folder / "log.txt").read_text()
 
 
 def test_runs_from_before_a_change_of_the_defaults_are_not_taken_for_done(monkeypatch):
@@ -387,11 +373,11 @@ def test_what_is_timed_is_the_update_of_a_run(name, monkeypatch):
         before = [p.clone() for p in agent.critic.parameters()]
         step()
         assert any(not p.equal(q) for p, q in zip(agent.critic.parameters(), before))
-    assert update_time.run_time(modules, name, 100, 200, **options) > 0
+    assert update_time.run_time(modules, name, 100, 100, **options) > 0
     assert vars(modules[name]) == kept and modules[name].train is train
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     monkeypatch.setattr(modules[name].Agent, "update", None)
-    assert update_time.run_time(modules, name, 100, 200, updates=False, **options) > 0
+    assert update_time.run_time(modules, name, 100, 100, updates=False, **options) > 0
 
 
 def test_two_checkouts_do_not_mix():

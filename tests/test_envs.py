@@ -60,18 +60,11 @@ WITH_X = {"exclude_current_positions_from_observation": False}
 @each(
     ("env_id", "kwargs", "velocities", "full"),
     [
-        ("HalfCheetah-v4", {}, 8, 17), ("HalfCheetah-v5", {}, 8, 17),
-        ("Hopper-v4", {}, 5, 11), ("Hopper-v5", {}, 5, 11),
-        ("Walker2d-v4", {}, 8, 17), ("Walker2d-v5", {}, 8, 17),
-        ("Ant-v4", {}, 13, 27), ("Ant-v5", {}, 13, 105),
-        ("Humanoid-v4", {}, 22, 376), ("Humanoid-v5", {}, 22, 348),
-        ("HumanoidStandup-v4", {}, 22, 376), ("Swimmer-v4", {}, 3, 8),
-        ("InvertedPendulum-v4", {}, 2, 4),
+        ("Hopper-v5", {}, 5, 11), ("Ant-v4", {}, 13, 27), ("Humanoid-v4", {}, 22, 376),
         ("InvertedDoublePendulum-v4", {}, 5, 11), ("InvertedDoublePendulum-v5", {}, 5, 9),
         ("Hopper-v4", WITH_X, 6, 12), ("Hopper-v5", WITH_X, 6, 12),
         ("Swimmer-v4", WITH_X, 5, 10), ("Humanoid-v4", WITH_X, 24, 378),
-        ("Ant-v4", FORCES, 13, 111),
-        ("Ant-v5", {"include_cfrc_ext_in_observation": False}, 13, 27),
+        ("Ant-v4", FORCES, 13, 111), ("Ant-v5", {"include_cfrc_ext_in_observation": False}, 13, 27),
         ("Humanoid-v5", {"include_cinert_in_observation": False}, 22, 218),
         ("Humanoid-v5", {"include_qfrc_actuator_in_observation": False}, 22, 331),
     ],
@@ -125,13 +118,6 @@ def test_critic_sees_more(env_id, options, more):
     assert np.array_equal(seen["policy"], seen["critic"]) is not more
     space = env.observation_space
     assert more or space["critic"] == space["policy"]
-
-
-def test_time_limit_stays():
-    env = envs.make("HalfCheetah-v4", max_episode_steps=3)
-    env.reset(seed=0)
-    assert [env.step(env.action_space.sample())[3] for _ in range(3)] == [False, False, True]
-    assert envs.make("HalfCheetah-v4").spec.max_episode_steps == 1000
 
 
 def test_only_the_warning_about_v4_is_silenced():
@@ -312,20 +298,6 @@ def test_bodies_whose_frames_and_bounding_trees_change(deltas, tmp_path):
     assert_restored(env, pristine)
 
 
-def test_the_first_size_of_a_geom_is_scaled_and_the_mass():
-    env = envs.make("Ant-v4", random_bodies=True)
-    reset_with(env, 0.3)
-    torso, radius = env.unwrapped.model.body("torso"), 0.25 * 1.3
-    assert env.unwrapped.model.geom("torso_geom").size[0] == pytest.approx(radius)
-    np.testing.assert_allclose(torso.inertia, 2 / 5 * torso.mass[0] * radius**2)
-    env = envs.make("Hopper-v4", random_bodies=True)
-    masses = env.unwrapped.model.body_mass.copy()
-    reset_with(env, 0.3)
-    np.testing.assert_allclose(env.unwrapped.model.geom("thigh_geom").size[:2], [0.065, 0.225])
-    np.testing.assert_allclose(env.unwrapped.model.body_mass, 1.3 * masses)
-    assert mujoco.mj_getTotalmass(env.unwrapped.model) == pytest.approx(1.3 * masses.sum())
-
-
 def test_first_observation_comes_after_the_change():
     env = envs.make("Humanoid-v4", random_bodies=True)
     for delta in (0.3, -0.3):
@@ -409,15 +381,6 @@ def test_wind(env_id):
             if terminated:
                 break
     assert signs == {-1, 1}
-
-
-def test_wind_pushes():
-    env, ways = envs.make("Hopper-v5", wind=True, terminate_when_unhealthy=False), {}
-    for seed in range(6):
-        sign = env.reset(seed=seed)[0]["critic"][-1]
-        infos = [env.step(at_rest(env))[-1] for _ in range(20)]
-        ways.setdefault(sign, []).append(infos[-1]["x_position"])
-    assert min(ways[1]) > max(ways[-1])
 
 
 @each("env_id", WIND_IDS)
@@ -583,34 +546,24 @@ ACTIONS = "Actions are a 1-D Box of floats"
     ("env_id", "options", "message"),
     [
         ("Foo-v0", {}, "'Foo-v0' cannot be made: Environment `Foo` doesn't exist"),
-        ("Ant-v17", {}, "version `v17` for environment `Ant` doesn't exist.*`v4`, `v5`"),
-        ("Ant-v3", {}, "v3 based environments have been moved"),
-        ("nowhere/Ant-v4", {}, "Namespace nowhere not found"),
         ("nowhere:Ant-v4", {}, "No module named 'nowhere'"),
-        ("an ant", {}, "Malformed environment ID: an ant"),
         ("Ant-v4", {"hide": "velocity"}, "'none', 'velocities', 'positions', not 'velocity'"),
         ("Ant-v4", {"wind": "no"}, "wind is True or False, not 'no'"),
         ("Ant-v4", {"random_bodies": 1}, "random_bodies is True or False, not 1"),
         ("Ant-v4", {"privileged_critic": None}, "privileged_critic is True or False, not None"),
         ("Ant-v4", {"colour": 1}, "unexpected keyword argument 'colour'"),
         ("Ant-v5", {"xml_file": "/no/ant.xml"}, "'Ant-v5' cannot be made.*/no/ant.xml"),
-        ("CueRecall-v0", {"length": 3}, "unexpected keyword argument 'length'"),
-        ("Ant-v4", {"render_mode": "oil"}, "cannot be rendered as 'oil', but as .*rgb_array"),
         ("CueRecall-v0", {"horizon": 0}, "cannot be made: .*whole number of at least 1, not 0"),
         ("CueRecall-v0", {"horizon": 2.5}, "whole number of at least 1, not 2.5"),
         ("CueRecall-v0", {"delayed": "yes"}, "delayed is True or False, not 'yes'"),
         ("Reacher-v5", {"hide": "velocities"}, "'Reacher-v5' is not.*Ant.*Walker2d.*structure"),
         ("Pendulum-v1", {"hide": "positions"}, "hide='positions' needs.*Ant, HalfCheetah"),
-        ("Robot-v0", {"hide": "velocities"}, "'Robot-v0' is not.*observation_structure"),
         ("Wrong-v0", {"hide": "velocities"}, "has 11 values, not those of"),
-        ("Longer-v0", {"wind": True}, "has 12 values, not those of"),
         ("Hopper-v5", {"frame_skip": 0}, "'Hopper-v5' cannot be made"),
         ("Hopper-v5", {"reset_noise_scale": "abc"}, "'Hopper-v5' cannot be made"),
-        ("Hopper-v5", {"reset_noise_scale": -1}, "'Hopper-v5' cannot be made"),
         ("Hopper-v4", {"healthy_z_range": 3}, "'Hopper-v4' cannot be made"),
         ("OnlyPositions-v0", {"hide": "positions"}, "What the policy sees is a 1-D Box"),
         ("Swimmer-v4", {"wind": True}, "wind is for Ant, .*Walker2d, and not for 'Swimmer-v4'"),
-        ("Pendulum-v1", {"wind": True}, "wind is for Ant"),
         ("Pendulum-v1", {"random_bodies": True}, "random_bodies needs the XML file"),
         ("CueRecall-v0", {"hide": "velocities"}, "decides itself what its policy sees"),
         ("Pair-v0", {"random_bodies": True}, "decides itself what its policy sees"),

@@ -32,17 +32,15 @@ def cue_return(env, policy):
     return total, steps
 
 
-@each("horizon", [1, 20, 100])
+@each("horizon", [1, 20])
 def test_cue_recall_returns(horizon):
     env = envs.make("CueRecall-v0", horizon=horizon)
     env.reset(seed=0)
-    with_memory = [cue_return(env, lambda o: o["critic"][0]) for _ in range(20)]
-    assert with_memory == [(pytest.approx(horizon), horizon)] * 20
+    assert cue_return(env, lambda o: o["critic"][0]) == (pytest.approx(horizon), horizon)
     # Without memory the best guess after the first step is anything between the cues.
-    without = [cue_return(env, lambda o: o["policy"][0])[0] for _ in range(20)]
-    assert without == [pytest.approx(1 + 0.2 * (horizon - 1))] * 20
-    guesses = [cue_return(env, lambda o: o["policy"][0] or 0.5)[0] for _ in range(400)]
-    assert np.mean(guesses) == pytest.approx(1 + 0.2 * (horizon - 1), abs=0.1 * horizon)
+    best = pytest.approx(1 + 0.2 * (horizon - 1), abs=0.1 * horizon)
+    for guess in (lambda o: o["policy"][0], lambda o: o["policy"][0] or 0.5):
+        assert np.mean([cue_return(env, guess)[0] for _ in range(200)]) == best
 
 
 @each("horizon", [2, 20])
@@ -53,31 +51,22 @@ def test_delayed_cue_recall_asks_for_the_cue_at_the_end(horizon):
     rewards += [env.step(np.float32([cue]))[1]]
     assert rewards == [pytest.approx(0.9)] * (horizon - 1) + [pytest.approx(horizon)]
 
-    def still_until_the_end(answer):
-        return lambda o: answer(o) if o["policy"][1] > 1 - 1.5 / horizon else 0
-
-    best = cue_return(env, still_until_the_end(lambda o: o["critic"][0]))[0]
-    assert best == pytest.approx(2 * horizon - 1)
-    guesses = [cue_return(env, still_until_the_end(lambda o: 0.5))[0] for _ in range(400)]
-    assert np.mean(guesses) == pytest.approx(1.2 * horizon - 1, abs=0.1 * horizon)
-
 
 @each("env_id", CUES)
 def test_cue_is_visible_once_and_asked_for_to_the_horizon(env_id):
-    env, cues = envs.make(env_id), set()
+    env = envs.make(env_id)
     horizon = int(re.sub(r"\D", "", env_id[:-3]) or 20)
     assert env.unwrapped.delayed == ("delayed" in env_id)
-    for seed in range(10):
-        observation, _ = env.reset(seed=seed)
-        cue = observation["critic"][0]
-        cues.add(round(float(cue), 6))
-        np.testing.assert_array_equal(observation["policy"], [cue, 0])
-        for step in range(1, horizon + 1):
-            observation, _, terminated, *_ = env.step(np.float32([0]))
-            time = np.float32(step / horizon)
-            assert observation["policy"].tolist() == [0, time] and terminated == (step == horizon)
-            assert observation["critic"].tolist() == [cue, time]
+    cues = {round(float(env.reset(seed=seed)[0]["critic"][0]), 6) for seed in range(10)}
     assert cues == {-0.8, 0.8}
+    observation, _ = env.reset(seed=0)
+    cue = observation["critic"][0]
+    assert observation["policy"].tolist() == [cue, 0]
+    for step in range(1, horizon + 1):
+        observation, _, terminated, *_ = env.step(np.float32([0]))
+        time = np.float32(step / horizon)
+        assert observation["policy"].tolist() == [0, time] and terminated == (step == horizon)
+        assert observation["critic"].tolist() == [cue, time]
 
 
 def heading(start, goal):
@@ -93,14 +82,12 @@ def unscale(values):
 @each("env_id", POINTS)
 def test_point_mass_oracle(env_id):
     """One who knows the cue is there in a straight line, or in one through both doors."""
-    env, doors, starts, cues = envs.make(env_id), "Door" in env_id, [], []
+    env, doors = envs.make(env_id), "Door" in env_id
     sight, scale, decay = (20, 10, 0.03) if doors else (30, 1, 0.1)
-    for seed in range(40):
+    for seed in range(6):
         observation, _ = env.reset(seed=seed)
         np.testing.assert_array_equal(observation["policy"], observation["critic"])
         start, cue = np.split(unscale(observation["policy"]), [2])
-        starts.append(tuple(start.round(3)))
-        cues += [*cue.round(3)]
         goal = (75, 140) if doors else (cue[0], 130)
         way = [(left + 20, y) for left, wall in zip(cue, (60, 90)) for y in (wall - 2, wall + 2)]
         blind, position = 0, start
@@ -124,10 +111,13 @@ def test_point_mass_oracle(env_id):
         for _ in range(5):  # success is about having been there
             observation, *_, info = env.step(np.float32([0.5]))
         assert np.linalg.norm(goal - unscale(observation["critic"][:2])) > 5 and info["success"]
+    drawn = [unscale(env.reset()[0]["critic"]).round(3) for _ in range(60)]
+    starts, cues = {(x, y) for x, y, *_ in drawn}, {x for _, _, *cue in drawn for x in cue}
     if doors:
-        assert set(starts) == {(75, 10)} and 10 <= min(cues) < 20 and 90 < max(cues) <= 100
+        assert starts == {(75, 10)} and 10 <= min(cues) < 20 and 90 < max(cues) <= 100
+        assert all(left != other for _, _, left, other in drawn)
     else:
-        assert set(cues) == {25, 57, 88, 120} and set(starts) == {(x, 15) for x in cues}
+        assert cues == {25, 57, 88, 120} and starts == {(x, 15) for x in cues}
 
 
 def test_point_mass_sees_the_cue_again_when_it_returns():
@@ -184,14 +174,10 @@ def test_walls_end_the_episode(wall):
         ((5, 50), (5, 59.9), False),  # stops short of the wall
         ((5, 50), (5, 60), True),  # stops at the wall
         ((25, 50), (25, 60), False),  # stops in the door
-        ((25, 60), (25, 62), False),  # goes on from there
         ((25, 60), (5, 60), True),  # walks along the wall into the post
         ((25, 60), (35, 60), False),  # walks along the wall inside the door
         ((9, 59), (11, 61), False),  # meets the wall exactly at the edge of the door
         ((8.9, 59), (10.9, 61), True),  # ends in front of the door but crosses beside it
-        ((51, 61), (49.1, 59), True),  # crosses downwards, beside the door
-        ((49, 61), (51, 59), False),
-        ((5, 61), (5, 70), False),
     ],
 )
 def test_hits_wall(before, after, hit):

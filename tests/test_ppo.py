@@ -384,85 +384,40 @@ def test_gradients_through_time_equal_those_of_a_loop_of_single_steps(rnn, lengt
 # --- losses ---------------------------------------------------------------------------------------
 
 
-def loss_of(log_prob, value, weight=None, log_std=(), args=None, **columns):
-    """`ppo_loss` of rows: the whole, and its parts by name."""
-    columns = {k: torch.as_tensor(v) for k, v in columns.items()}
-    batch = SimpleNamespace(**columns, weight=torch.ones(len(log_prob)))
-    if weight is not None:
-        batch.weight = weight
-    args = s2pg_ppo.Args(**args or {})
-    loss, losses = s2pg_ppo.ppo_loss(log_prob, value, torch.tensor(log_std), batch, args)
-    return loss, dict(zip(s2pg_ppo.LOSSES, losses))
+@pytest.mark.parametrize("clip_vloss", [False, True])
+def test_the_loss_is_that_of_its_rows_with_weight(clip_vloss):
+    """Row by row, with its gradient. Of rows without, rho may be infinite: times 0 it is NaN.
 
+    It is flat where rho has gone far enough: above 1.2 if A > 0, below .8 otherwise.
+    """
+    log_prob, value, old_log_prob, advantage, returns, old_value = 0.4 * torch.randn(6, 90)
+    log_std, weight = torch.tensor([0.3, -1.0]), (torch.arange(90) % 3 > 0).double()
+    old_log_prob[weight == 0] = -1e9
+    given = [x.requires_grad_() for x in (log_prob, value, log_std)]
+    args = s2pg_ppo.Args(clip_coef=0.2, vf_coef=0.3, ent_coef=0.01, clip_vloss=clip_vloss)
+    batch = SimpleNamespace(
+        old_log_prob=old_log_prob, advantage=advantage, returns=returns, old_value=old_value,
+        weight=weight,
+    )  # fmt: skip
+    loss, losses = s2pg_ppo.ppo_loss(*given, batch, args)
 
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "expected", "clipped"),
-    [
-        (1.0, 2.0, -2.0, False), (1.0, -2.0, 2.0, False),
-        (1.1, 2.0, -2.2, False), (1.1, -2.0, 2.2, False),
-        (1.5, 2.0, -2.4, True), (1.5, -2.0, 3.0, False),
-        (0.5, 2.0, -1.0, False), (0.5, -2.0, 1.6, True),
-    ],
-)  # fmt: skip
-def test_the_policy_loss_ends_where_the_ratio_has_gone_far_enough(
-    ratio, advantage, expected, clipped
-):
-    log_prob = torch.tensor([-1.3 + math.log(ratio)], requires_grad=True)
-    loss, losses = loss_of(
-        log_prob, torch.zeros(1), old_log_prob=[-1.3], advantage=[advantage], returns=[0.0]
-    )
-    assert math.isclose(loss.item(), expected) and math.isclose(losses["policy_loss"], expected)
-    (grad,) = torch.autograd.grad(loss, log_prob)
-    assert math.isclose(grad.item(), 0 if clipped else -ratio * advantage)
-    assert math.isclose(losses["approx_kl"], ratio - 1 - math.log(ratio), abs_tol=1e-12)
-    assert math.isclose(losses["old_approx_kl"], -math.log(ratio), abs_tol=1e-12)
-    assert losses["clipfrac"] == (abs(ratio - 1) > 0.2)
-
-
-@pytest.mark.parametrize(
-    ("value", "old_value", "returns", "plain", "clipped", "moves"),
-    [
-        (1.1, 1.0, 3.0, 1.9**2, 1.9**2, True),  # near its old value
-        (1.5, 1.0, 3.0, 1.5**2, 1.8**2, False),  # has come far enough: as if still at 1.2
-        (0.5, 1.0, 3.0, 2.5**2, 2.5**2, True),  # has gone the wrong way
-        (3.0, 1.0, 3.0, 0.0, 1.8**2, False),
-    ],
-)
-def test_with_clip_vloss_the_value_loss_is_the_larger_of_two_squared_errors(
-    value, old_value, returns, plain, clipped, moves
-):
-    given = dict(old_log_prob=[0.0], advantage=[0.0], returns=[returns], old_value=[old_value])
-    value = torch.tensor([value], requires_grad=True)
-    loss, losses = loss_of(torch.zeros(1), value, args=dict(vf_coef=0.3), **given)
-    assert math.isclose(loss.item(), 0.3 * plain / 2) and math.isclose(
-        losses["value_loss"], plain / 2
-    )
-    loss, _ = loss_of(torch.zeros(1), value, args=dict(vf_coef=1.0, clip_vloss=True), **given)
-    assert math.isclose(loss.item(), clipped / 2)
-    (grad,) = torch.autograd.grad(loss, value)
-    assert math.isclose(grad, value.item() - returns if moves else 0)
-
-
-def test_the_loss_is_a_mean_over_the_rows_with_weight_and_less_by_the_entropy():
-    """Of those without, rho may be infinite, and infinity times 0 is no number."""
-    names = "old_log_prob", "advantage", "returns", "old_value"
-    log_prob, value, *columns = torch.randn(6, 30)
-    weight, log_std = (torch.arange(30) % 3 > 0).double(), [0.3, -1.0]
-    some = weight > 0
-    args = dict(vf_coef=0.3, ent_coef=0.01, clip_vloss=True)
-    given = dict(zip(names, (column[some] for column in columns)))
-    expected, parts = loss_of(log_prob[some], value[some], None, log_std, args, **given)
-    columns[0][~some] = -1e9
-    log_prob.requires_grad_()
-    loss, same = loss_of(log_prob, value, weight, log_std, args, **dict(zip(names, columns)))
+    rows = []
+    for k in weight.nonzero().flatten():
+        log_ratio, A, error = log_prob[k] - old_log_prob[k], advantage[k], value[k] - returns[k]
+        ratio, moved = log_ratio.exp(), value[k] - old_value[k]
+        policy_loss = -A * (ratio.clamp(max=1.2) if A > 0 else ratio.clamp(min=0.8))
+        value_loss = error**2 / 2
+        if clip_vloss:  # V moves by eps, or is as if it had
+            value_loss = max(value_loss, (error - moved + moved.clamp(-0.2, 0.2)) ** 2 / 2)
+        kl, far = ratio - 1 - log_ratio, 1.0 * (abs(ratio - 1) > 0.2)
+        rows.append(torch.stack([policy_loss, value_loss, -log_ratio, kl, far]))
+    means, entropy = torch.stack(rows).mean(0), Normal(0, log_std.exp()).entropy().sum()
+    expected = means[0] + 0.3 * means[1] - 0.01 * entropy
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(same, parts)
-    (grad,) = torch.autograd.grad(loss, log_prob)
-    assert grad[some].any() and not grad[~some].any()
-    entropy = Normal(0.0, torch.tensor(log_std).exp()).entropy().sum()
-    torch.testing.assert_close(parts["entropy"], entropy)
-    whole = parts["policy_loss"] + 0.3 * parts["value_loss"] - 0.01 * entropy
-    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(losses, torch.stack([*means, entropy]).detach())
+    assert 0.1 < losses[4] < 0.9 and s2pg_ppo.LOSSES[4] == "clipfrac"
+    ours, theirs = (torch.autograd.grad(x, given) for x in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("column", [0, 1])
@@ -471,7 +426,7 @@ def test_shapes_that_would_broadcast_are_refused(column):
     x = [torch.randn(5), torch.randn(5)]
     x[column] = x[column].unsqueeze(-1)
     with pytest.raises(AssertionError, match=r"\[B, 1\]"):
-        loss_of(*x, torch.ones(5), **dict.fromkeys(("old_log_prob", "advantage"), torch.randn(5)))
+        s2pg_ppo.ppo_loss(*x, torch.ones(2), SimpleNamespace(weight=torch.ones(5)), None)
 
 
 # --- normalisers ----------------------------------------------------------------------------------
@@ -522,24 +477,6 @@ def test_new_statistics_of_the_returns_leave_every_value_as_it_is():
         torch.testing.assert_close(returns.mean + returns.std * head(features), before)
         assert returns.mean.item() != old
     assert head.weight.requires_grad and head.weight.is_leaf
-
-
-@SCRIPTS
-def test_normalisers_are_shown_every_transition_of_a_rollout_once(script):
-    """But not its last row, which belongs to the next rollout."""
-    agent = make_agent(script, update_epochs=2)
-    rollout = fill(agent, *SOME_LANES)
-    returns = rollout.value[:-1] + advantages_by_hand(rollout)
-    agent.update(rollout)
-    for normalizer, x in [
-        (agent.actor.normalizer, rollout.obs[:-1]),
-        (agent.critic.normalizer, rollout.state[:-1]),
-        (agent.critic.returns, returns),
-    ]:
-        x = x[valid(rollout)]
-        assert normalizer.count == len(x)
-        torch.testing.assert_close(normalizer.mean, x.mean(0))
-        torch.testing.assert_close(normalizer.var, x.var(0, correction=0))
 
 
 # --- updates --------------------------------------------------------------------------------------
@@ -611,44 +548,42 @@ def test_minibatches_hold_rows_advantages_and_returns_of_their_transitions(
 
 
 @SCRIPTS
-def test_an_update_moves_every_parameter_and_logs_the_means_of_its_last_epoch(script, monkeypatch):
-    agent = make_agent(script, update_epochs=3, learning_rate=0.003)
+@pytest.mark.parametrize(("target_kl", "epochs"), [(1e9, 3), (0.0, 1)])
+def test_an_update(script, target_kl, epochs, monkeypatch):
+    """Of which no epoch follows once the policy has gone too far."""
+    options = dict(update_epochs=3, learning_rate=0.003, max_grad_norm=0.1, target_kl=target_kl)
+    agent = make_agent(script, **options)
     rollout, seen = fill(agent, *SOME_LANES), watch(agent, monkeypatch)
-    before = [p.detach().clone() for p in agent.parameters()]
-    advantage = advantages_by_hand(rollout)[valid(rollout)]
-    returns = advantage + rollout.value[:-1][valid(rollout)]
+    before, is_valid = [p.detach().clone() for p in agent.parameters()], valid(rollout)
+    advantage = advantages_by_hand(rollout)[is_valid]
+    returns = advantage + rollout.value[:-1][is_valid]
     metrics = agent.update(rollout)
+    assert len(seen) == 4 * epochs
     assert all((a != b).any() for a, b in zip(before, agent.parameters()))
+
+    # each step takes its own gradient, clipped over actor and critic together
+    clipped = flat([p.grad for m in (agent.actor, agent.critic) for p in m.parameters()])
+    actual = torch.cat([flat(gradients) for gradients in seen[-1].gradients])
+    assert actual.norm() > 0.1
+    torch.testing.assert_close(clipped, 0.1 * actual / (actual.norm() + 1e-6))
+
+    # normalisers are shown every transition once, but not the row that the next rollout begins with
+    for normalizer, x in [
+        (agent.actor.normalizer, rollout.obs[:-1][is_valid]),
+        (agent.critic.normalizer, rollout.state[:-1][is_valid]),
+        (agent.critic.returns, returns),
+    ]:
+        assert normalizer.count == len(x)
+        torch.testing.assert_close(normalizer.mean, x.mean(0))
+        torch.testing.assert_close(normalizer.var, x.var(0, correction=0))
+
+    # and the log has the means of the last epoch
     assert all(torch.isfinite(v) and not v.requires_grad for v in metrics.values())
     means = torch.stack([x.losses for x in seen[-4:]]).mean(0)
     expected = {f"losses/{name}": mean for name, mean in zip(script.LOSSES, means)}
     expected["losses/explained_variance"] = 1 - advantage.var() / returns.var()
-    assert metrics.keys() == expected.keys() and expected["losses/approx_kl"] > 1e-4
-    for name, value in expected.items():
-        torch.testing.assert_close(metrics[name], value, rtol=1e-5, atol=1e-6, msg=name)
-
-
-@SCRIPTS
-@pytest.mark.parametrize(("target_kl", "epochs"), [(1e9, 3), (0.0, 1)])
-def test_no_epoch_follows_once_the_policy_has_gone_too_far(script, target_kl, epochs, monkeypatch):
-    agent = make_agent(script, target_kl=target_kl, update_epochs=3)
-    rollout, seen = fill(agent, *SOME_LANES), watch(agent, monkeypatch)
-    agent.update(rollout)
-    assert len(seen) == 4 * epochs
-
-
-@SCRIPTS
-def test_each_step_takes_its_own_gradient_clipped_over_actor_and_critic_together(
-    script, monkeypatch
-):
-    """What the last of several minibatches leaves behind holds nothing of those before."""
-    agent = make_agent(script, max_grad_norm=0.1)
-    rollout, seen = fill(agent, *SOME_LANES), watch(agent, monkeypatch)
-    agent.update(rollout)
-    clipped = flat([p.grad for m in (agent.actor, agent.critic) for p in m.parameters()])
-    actual = torch.cat([flat(gradients) for gradients in seen[-1].gradients])
-    assert len(seen) == 4 and actual.norm() > 0.1
-    torch.testing.assert_close(clipped, 0.1 * actual / (actual.norm() + 1e-6))
+    assert expected["losses/approx_kl"] > 1e-4
+    torch.testing.assert_close(metrics, expected, rtol=1e-5, atol=1e-6)
 
 
 # --- acting ---------------------------------------------------------------------------------------
@@ -686,13 +621,6 @@ def test_acting_is_at_the_means_or_with_the_learned_spread_and_clipped(script, r
         assert (torch.corrcoef(both.T) - torch.eye(len(std))).abs().max() < 5 / math.sqrt(n)
 
 
-def test_stds_start_as_asked_for():
-    std = make_agent(s2pg_ppo, std=0.3, std_z=0.15).actor.log_std.exp()
-    torch.testing.assert_close(std, torch.tensor([0.3] * ACTION + [0.15] * STATE))
-    std = make_agent(bptt_ppo, std=0.3).actor.log_std.exp()
-    torch.testing.assert_close(std, torch.tensor([0.3] * ACTION))
-
-
 def test_a_memoryless_agent_has_no_recurrent_parameters():
     agent = make_agent(s2pg_ppo, memoryless=True)
     names = [name for name, _ in agent.actor.named_parameters()]
@@ -706,14 +634,17 @@ def test_a_memoryless_agent_has_no_recurrent_parameters():
 
 @RNN
 def test_the_baseline_has_networks_of_the_same_size_and_the_same_optimizer(rnn):
-    agents = [make_agent(script, rnn=rnn) for script in (s2pg_ppo, bptt_ppo)]
-    one, other = (
-        sorted(tuple(p.shape) for name, p in agent.actor.named_parameters() if name != "log_std")
-        for agent in agents
-    )
-    assert one == other
-    one, other = (
-        {k: v for k, v in agent.optimizer.param_groups[0].items() if k != "params"}
-        for agent in agents
-    )
-    assert one == other
+    """And the same noise but for that of the internal state."""
+    one = make_agent(s2pg_ppo, rnn=rnn, std=0.3, std_z=0.15)
+    other = make_agent(bptt_ppo, rnn=rnn, std=0.3)
+    sizes, options, std = zip(*(
+        (
+            sorted(p.shape for name, p in agent.actor.named_parameters() if name != "log_std"),
+            agent.optimizer.param_groups[0] | dict(params=0),
+            agent.actor.log_std.exp(),
+        )
+        for agent in (one, other)
+    ))  # fmt: skip
+    assert sizes[0] == sizes[1] and options[0] == options[1]
+    torch.testing.assert_close(std[1], torch.tensor([0.3] * ACTION))
+    torch.testing.assert_close(std[0], torch.tensor([0.3] * ACTION + [0.15] * one.z_dim))

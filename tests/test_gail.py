@@ -170,46 +170,39 @@ def test_the_discriminator_learns_to_tell_expert_from_policy():
     assert metrics["losses/absorbing_reward"] < math.log(2)
 
 
-def test_states_are_normalised_by_expert_and_policy_alike():
+def test_an_update_learns_from_the_new_rewards_and_clips_the_gradient_of_ppo_alone():
+    """The discriminator's states are normalised by expert and policy alike."""
     agent, expert, rollout = make_agent()
     expert.state += 8
-    agent.update(rollout, expert)
-    policy, theirs = (x.state[:-1][x.first[1:] == 0] for x in (rollout, expert))
-    expected = (policy.mean(0) + theirs.mean(0)) / 2
-    torch.testing.assert_close(agent.normalizer.mean, expected)
-
-
-def test_an_update_learns_from_the_new_rewards_and_clips_the_gradient_of_ppo_alone():
-    agent, expert, rollout = make_agent()
     before = {name: p.detach().clone() for name, p in agent.named_parameters()}
     parameters = agent.optimizer.param_groups[0]["params"]
     assert len(parameters) + len(list(agent.discriminator.parameters())) == len(before)
     agent.update(rollout, expert)
     assert [name for name, p in agent.named_parameters() if torch.equal(p, before[name])] == []
-    returns, transition = agent.critic.returns, rollout.first[1:] == 0
+    means = [x.state[:-1][x.first[1:] == 0].mean(0) for x in (rollout, expert)]
+    torch.testing.assert_close(agent.normalizer.mean, sum(means) / 2)
+    transition = rollout.first[1:] == 0
     expected = s2pg_gail.gae(rollout, transition.float(), 0.99, 0.95) + rollout.value[:-1]
-    torch.testing.assert_close(returns.mean, expected[transition].mean())
+    torch.testing.assert_close(agent.critic.returns.mean, expected[transition].mean())
 
 
 # Behaviour cloning --------------------------------------------------------------------------------
 
 
-def test_cloning_begins_with_the_statistics_of_what_the_expert_saw():
-    agent, expert, _ = make_agent(bc_steps=1)
-    agent.clone(expert)
-    seen = np.concatenate([one["observations"][:-1] for one in EPISODES])
-    np.testing.assert_allclose(agent.actor.normalizer.mean, seen.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(agent.actor.normalizer.var, seen.var(0), rtol=1e-4)
-
-
 @pytest.mark.parametrize("steps, rows", [(1, range(32)), (2, range(32, 40))])
 def test_the_loss_of_cloning_is_that_of_the_next_rows_of_all_episodes(steps, rows, monkeypatch):
-    """Along which the internal state is that of the policy, with its noise, from 0 on."""
+    """Along which the internal state is that of the policy, with its noise, from 0 on.
+
+    The policy begins with the statistics of what the expert saw.
+    """
     episodes = [episode(40, seed=1), episode(35, seed=2)]
     agent, expert, _ = make_agent(episodes=episodes, bc_steps=steps, std_z=0.2)
     monkeypatch.setattr(s2pg_gail, "descend", lambda optimizer, loss: None)
     torch.manual_seed(1)
     actual = agent.clone(expert)
+    shown = np.concatenate([one["observations"][:-1] for one in episodes])
+    np.testing.assert_allclose(agent.actor.normalizer.mean, shown.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(agent.actor.normalizer.var, shown.var(0), rtol=1e-4)
     torch.manual_seed(1)
     z, errors = torch.zeros(2, 4), []
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """S2PG-PPO and BPTT-PPO: advantages, rollouts, sequences, losses, and what one update does."""
 
 import copy
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -483,40 +484,18 @@ def test_new_statistics_of_the_returns_leave_every_value_as_it_is():
 
 
 @SCRIPTS
-@pytest.mark.parametrize("minibatches", [1, 7, 40])
-def test_every_epoch_uses_each_transition_once_and_in_another_order(
-    script, minibatches, monkeypatch
+@pytest.mark.parametrize(("minibatches", "norm_adv"), [(1, True), (7, False), (40, True)])
+def test_every_epoch_has_each_transition_once_and_in_another_order(
+    script, minibatches, norm_adv, monkeypatch
 ):
-    """In minibatches of one size, or of sequences, one more or less. A rest of rows may be left."""
-    options = dict(sequence_length=5) if script is bptt_ppo else {}
-    agent = make_agent(script, num_minibatches=minibatches, update_epochs=2, **options)
-    rollout, seen = fill(agent, *SOME_LANES), watch(agent, monkeypatch)
-    expected = rollout.log_prob[:-1][valid(rollout)]  # of which no two are equal
-    agent.update(rollout)
-    per_epoch, sizes = len(seen) // 2, {x.batch.weight.shape[-1] for x in seen}
-    epochs = [
-        torch.cat([x.batch.old_log_prob[x.batch.weight > 0] for x in part])
-        for part in (seen[:per_epoch], seen[per_epoch:])
-    ]
-    assert not torch.equal(*epochs)
-    for epoch in epochs:
-        assert len(epoch) == len(epoch.unique()) and torch.isin(epoch, expected).all()
-    if script is bptt_ppo:
-        sequences = len(bptt_ppo.cut(rollout.first > 0, 5)[1])
-        assert per_epoch == min(minibatches, sequences) and len(epochs[0]) == len(expected)
-        assert sizes <= {sequences // per_epoch, sequences // per_epoch + 1}
-    else:
-        assert per_epoch == minibatches and sizes == {120 // minibatches}
-        assert len(expected) - 120 % minibatches <= len(epochs[0]) <= len(expected)
+    """In minibatches of one size, or of sequences, one more or less. A rest of rows may be left.
 
-
-@SCRIPTS
-@pytest.mark.parametrize("norm_adv", [True, False])
-def test_minibatches_hold_rows_advantages_and_returns_of_their_transitions(
-    script, norm_adv, monkeypatch
-):
-    """Advantages are normalised over the rollout: one sequence has no other to compare with."""
-    agent = make_agent(script, gamma=0.9, gae_lambda=0.8, norm_adv=norm_adv)
+    With its own columns. Advantages are normalised over the rollout: one sequence has no other to
+    compare with.
+    """
+    options = dict(num_minibatches=minibatches, update_epochs=2, norm_adv=norm_adv)
+    options |= dict(sequence_length=5) if script is bptt_ppo else {}
+    agent = make_agent(script, gamma=0.9, gae_lambda=0.8, **options)
     agent.critic.returns.update(torch.tensor([-1.0, 5.0]), torch.ones(2))
     agent.actor.normalizer.update(torch.randn(9, OBS), torch.ones(9))
     agent.critic.normalizer.update(torch.randn(9, CRITIC), torch.ones(9))
@@ -533,18 +512,32 @@ def test_minibatches_hold_rows_advantages_and_returns_of_their_transitions(
         obs=obs, state=state, a_prev=rollout.a_prev, sample=rollout.sample, advantage=advantage,
         old_value=normalizer(value), returns=normalizer(returns), z=rollout.z.clone(),
     )  # fmt: skip
-    agent.update(rollout)
+    # by their densities, of which no two are equal
     places = {rollout.log_prob[t, n].item(): (t, n) for t, n in is_valid.nonzero().tolist()}
+    agent.update(rollout)
+
+    orders = []
     for batch in (x.batch for x in seen):
         inside = batch.weight > 0
-        at = tuple(torch.tensor([places[k] for k in batch.old_log_prob[inside].tolist()]).T)
+        orders.append([places[k] for k in batch.old_log_prob[inside].tolist()])
+        at = tuple(torch.tensor(orders[-1]).T)
         for name, column in expected.items():
             actual = getattr(batch, name)
             if actual.shape[: inside.dim()] == inside.shape:  # all, but z of sequences
                 torch.testing.assert_close(actual[inside], column[at], msg=name)
-    if script is bptt_ppo:  # the z of their first rows
-        at = tuple(torch.tensor([places[k] for k in batch.old_log_prob[0].tolist()]).T)
-        assert torch.equal(batch.z[0], expected["z"][at])
+        if script is bptt_ppo:  # the z of their first rows
+            at = tuple(torch.tensor([places[k] for k in batch.old_log_prob[0].tolist()]).T)
+            assert torch.equal(batch.z[0], expected["z"][at])
+    per_epoch, sizes = len(seen) // 2, {x.batch.weight.shape[-1] for x in seen}
+    epochs = [list(itertools.chain(*part)) for part in (orders[:per_epoch], orders[per_epoch:])]
+    assert epochs[0] != epochs[1] and all(len(epoch) == len(set(epoch)) for epoch in epochs)
+    if script is bptt_ppo:
+        sequences = len(bptt_ppo.cut(rollout.first > 0, 5)[1])
+        assert per_epoch == min(minibatches, sequences) and len(epochs[0]) == len(places)
+        assert sizes <= {sequences // per_epoch, sequences // per_epoch + 1}
+    else:
+        assert per_epoch == minibatches and sizes == {120 // minibatches}
+        assert len(places) - 120 % minibatches <= len(epochs[0])
 
 
 @SCRIPTS

@@ -263,32 +263,21 @@ def update(agent, batch):
 
 
 def single_step(actor, obs, z, a_prev):
-    """One step of the recurrent layer, written out: (h, z')."""
-    W_i, W_h = actor.layer.weight_ih_l0, actor.layer.weight_hh_l0
-    b_i, b_h = actor.layer.bias_ih_l0, actor.layer.bias_hh_l0
+    """(h, z') [1, .] after one row."""
     e = torch.cat([actor.kernel_obs(obs).relu(), actor.kernel_action(a_prev).relu()], -1)
-    if actor.rnn == "rnn":
-        h = torch.tanh(W_i @ e + b_i + W_h @ z + b_h)
-        return h, h
-    if actor.rnn == "gru":
-        (r_i, u_i, n_i), (r_h, u_h, n_h) = (W_i @ e + b_i).chunk(3), (W_h @ z + b_h).chunk(3)
-        r, u = torch.sigmoid(r_i + r_h), torch.sigmoid(u_i + u_h)
-        h = (1 - u) * torch.tanh(n_i + r * n_h) + u * z
-        return h, h
-    h, c = z.chunk(2)
-    i, f, g, o = (W_i @ e + b_i + W_h @ h + b_h).chunk(4)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    h = torch.sigmoid(o) * torch.tanh(c)
-    return h, torch.cat([h, c])
+    z = z.split(HIDDEN, -1)
+    h, z = actor.layer(e, z if actor.rnn == "lstm" else z[0])
+    return h, torch.cat(z, -1) if actor.rnn == "lstm" else z
 
 
 def losses_of_single_steps(agent, batch, noise):
     """Both losses by a loop over sequences and rows; `noise` are the draws of the two samples."""
     actor, h = agent.actor, {}
     for m in range(len(batch.first_z)):
-        z = batch.first_z[m] * (agent.args.initial_state == "stored")
+        z = batch.first_z[[m]] * (agent.args.initial_state == "stored")
         for k in range(len(batch.all_obs)):
-            h[k, m], z = single_step(actor, batch.all_obs[k, m], z, batch.all_a_prev[k, m])
+            out, z = single_step(actor, batch.all_obs[k, [m]], z, batch.all_a_prev[k, [m]])
+            h[k, m] = out[0]
 
     def policy(obs, h, noise):
         mean, log_std = actor(obs, h)

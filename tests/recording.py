@@ -41,14 +41,9 @@ class Recording(TorchDispatchMode):
                         old.copy_(new)
 
 
-class NoStream:
-    def wait_stream(self, stream):
-        pass
-
-
 def emulated_cuda(graph):
     """What `torch.cuda` has for graphs, where `graph()` is one that is none."""
     return dict(
         CUDAGraph=graph, graph=lambda recording: recording, synchronize=lambda: None,
-        Stream=NoStream, current_stream=NoStream, stream=lambda stream: contextlib.nullcontext(),
+        Stream=object, stream=lambda stream: contextlib.nullcontext(),
     )  # fmt: skip

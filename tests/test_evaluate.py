@@ -17,47 +17,33 @@ import s2pg_sac
 
 CUE = dict(env_id="CueRecall-v0", env_kwargs=dict(horizon=5))
 PENDULUM = dict(env_id="InvertedPendulum-v4", hide="velocities")  # its actions lie in [-3, 3]
-ROBOT = """
-import gymnasium as gym
-import numpy as np
-class Robot(gym.Env):
-    observation_space = gym.spaces.Box(-9, 9, (3,))
-    def __init__(self, low=2.0):
-        self.action_space = gym.spaces.Box(np.float32([-1, low]), np.float32([3, 2.5]))
-    def observe(self):
-        return self.np_random.normal(size=3).astype(np.float32)
-    def reset(self, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t = 0
-        return self.observe(), {}
-    def step(self, action):
-        self.t += 1
-        return self.observe(), float(action[0]), False, self.t == 6, {}
-gym.register("Robot-v0", Robot)
-"""
+ROBOT = dict(env_id="my_robot:Robot-v0")  # its bounds are not symmetric
 WITHOUT_US = """
-import sys
+import json, sys
 sys.modules["gymnasium"] = None  # importing it fails
-import json, numpy, torch
-files = {"policy.json": ""}
-policy = torch.export.load("policy.pt2", extra_files=files).module()
-about, demo = json.loads(files["policy.json"]), numpy.load("demo.npz")
-rows = iter(torch.tensor(demo["observations"]))
-first, actions = True, []
-for end in demo["terminations"] | demo["truncations"]:
-    if first:
-        z, action = torch.zeros(about["z_size"]), torch.zeros(about["action_size"])
-    action, z = policy(next(rows), z, action)
-    actions.append(action.tolist())
-    first = end
-    if end:
-        next(rows)
+import numpy, torch
+actions = []
+for run in sys.argv[1:]:
+    files = {"policy.json": ""}
+    policy = torch.export.load(f"{run}/policy.pt2", extra_files=files).module()
+    about, demo = json.loads(files["policy.json"]), numpy.load(f"{run}/demo.npz")
+    rows, first = iter(torch.tensor(demo["observations"])), True
+    actions.append([])
+    for end in demo["terminations"] | demo["truncations"]:
+        if first:
+            z, action = torch.zeros(about["z_size"]), torch.zeros(about["action_size"])
+        action, z = policy(next(rows).float(), z, action)
+        actions[-1].append(action.tolist())
+        first = end
+        if end:
+            next(rows)
 print(json.dumps(actions))
 """
 
 
 def make_run(folder, script=s2pg_sac, **options):
     """The folder of a run that has learnt nothing."""
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     args = script.Args(**options)
     agent = script.Agent(args, script.make_env(args, 1), torch.device("cpu"))
@@ -70,38 +56,27 @@ def make_run(folder, script=s2pg_sac, **options):
     return folder
 
 
-@pytest.fixture
-def robot(tmp_path, monkeypatch):
-    """An environment of a user's own, whose bounds of the actions are not symmetric."""
-    (tmp_path / "my_robot.py").write_text(ROBOT)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_robot", raising=False)
-    return dict(env_id="my_robot:Robot-v0")
-
-
-@pytest.mark.parametrize(
-    "script, options",
-    [
-        ("s2pg_sac", dict()),
-        ("s2pg_sac", dict(rnn="lstm")),
-        ("s2pg_sac", dict(memoryless=True)),
-        ("bptt_sac", dict(rnn="lstm")),
-        ("s2pg_td3", dict()),
-        ("s2pg_ppo", dict()),
-        ("bptt_ppo", dict()),
-    ],
-)
-def test_an_exported_policy_acts_as_in_the_evaluation(script, options, robot, tmp_path):
-    run = make_run(tmp_path, importlib.import_module(script), **robot, **options)
-    files = dict(save_demonstrations=tmp_path / "demo.npz", export=tmp_path / "policy.pt2")
-    evaluate.main(evaluate.Options(run, episodes=2, **files))
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_US], cwd=tmp_path, capture_output=True, text=True
-    )
+def test_an_exported_policy_acts_as_in_the_evaluation(tmp_path):
+    """Of each kind, in a process without Gymnasium; the demonstrations are in the same units."""
+    demonstrations, runs = [], []
+    for name, options in [
+        ("s2pg_sac", {}), ("s2pg_sac", dict(rnn="lstm")), ("s2pg_sac", dict(memoryless=True)),
+        ("bptt_sac", dict(rnn="lstm")), ("s2pg_td3", {}), ("s2pg_ppo", {}), ("bptt_ppo", {}),
+    ]:  # fmt: skip
+        script = importlib.import_module(name)
+        run = make_run(tmp_path / str(len(runs)), script, **ROBOT, **options)
+        files = dict(save_demonstrations=run / "demo.npz", export=run / "policy.pt2")
+        evaluate.main(evaluate.Options(run, episodes=2, **files))
+        with np.load(run / "demo.npz") as file:
+            runs, demonstrations = [*runs, run], [*demonstrations, file["actions"]]
+            np.testing.assert_allclose(file["actions"][:, 0], file["rewards"], rtol=1e-5)
+            assert (abs(file["actions"][:, 1] - 2.25) <= 0.25).all()
+    words = [sys.executable, "-c", WITHOUT_US, *runs]
+    result = subprocess.run(words, capture_output=True, text=True)
     assert result.returncode == 0 and not result.stderr, result.stderr
-    with np.load(tmp_path / "demo.npz") as demo:
-        assert demo["actions"].std(0).min() > 1e-3
-        np.testing.assert_allclose(json.loads(result.stdout), demo["actions"], rtol=0, atol=1e-5)
+    for actions, demo in zip(json.loads(result.stdout), demonstrations, strict=True):
+        assert demo.std(0).min() > 1e-3
+        np.testing.assert_allclose(actions, demo, rtol=0, atol=1e-5)
 
 
 def test_an_exported_policy_says_what_it_sees_and_does(tmp_path):
@@ -139,9 +114,8 @@ def test_it_prints_films_and_saves_the_same_episodes(stochastic, tmp_path, capsy
         f"{modes[stochastic]}: return {returns.mean():.4g} +- {returns.std():.2g}, "
         "length 5, 9 episodes"
     )
-    assert len({tuple(e["actions"][:, 0]) for e in episodes}) == (
-        9 if stochastic else 2
-    )  # two cues
+    different = {tuple(episode["actions"][:, 0]) for episode in episodes}
+    assert len(different) == (9 if stochastic else 2)  # two cues
 
 
 def test_an_episode_that_ends_after_the_last_that_counts_is_not_shown(tmp_path, capsys):
@@ -152,22 +126,12 @@ def test_an_episode_that_ends_after_the_last_that_counts_is_not_shown(tmp_path, 
     assert capsys.readouterr().out.splitlines()[2:] == [str(video)]
 
 
-def test_demonstrations_are_saved_in_the_units_of_the_environment(robot, tmp_path):
-    run = make_run(tmp_path, **robot)
-    path = tmp_path / "demo.npz"
-    evaluate.main(evaluate.Options(run, episodes=1, save_demonstrations=path))
-    with np.load(path) as file:
-        np.testing.assert_allclose(file["actions"][:, 0], file["rewards"], rtol=1e-5)
-        assert (abs(file["actions"][:, 1] - 2.25) <= 0.25).all()
-
-
 def test_the_seed_decides_the_episodes(tmp_path, capsys):
     """Environment i has the seed of the first + i, so seeds are hashed."""
     run, said = make_run(tmp_path, **PENDULUM), []
     for number, seed in enumerate((1, 1, 2)):
         path = tmp_path / f"{number}.npz"
-        options = evaluate.Options(run, episodes=4, seed=seed, save_demonstrations=path)
-        evaluate.main(options)
+        evaluate.main(evaluate.Options(run, episodes=4, seed=seed, save_demonstrations=path))
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != said[2]
     first, other = (np.load(tmp_path / f"{number}.npz")["observations"] for number in (1, 2))
@@ -224,9 +188,9 @@ def test_bad_options_are_answered_in_a_sentence(options, says):
         evaluate.Options(Path("runs/RUN"), **options)
 
 
-def test_an_action_that_is_held_cannot_be_exported(robot, tmp_path):
+def test_an_action_that_is_held_cannot_be_exported(tmp_path):
     """The environment does not tell what the policy did there, and a_prev needs it."""
-    run = make_run(tmp_path, **robot, env_kwargs=dict(low=2.5))
+    run = make_run(tmp_path, **ROBOT, env_kwargs=dict(low=2.5))
     with pytest.raises(SystemExit, match="bounds are equal"):
         evaluate.main(evaluate.Options(run, episodes=1, export=tmp_path / "policy.pt2"))
     assert not list(tmp_path.glob("policy.*"))

@@ -43,22 +43,21 @@ def path(tmp_path):
 # What is seen, and the actions --------------------------------------------------------------------
 
 
-def test_a_policy_without_velocities_imitates_an_expert_that_saw_them(path):
-    states = hopper_file(path)["observations"]
-    first, second = load(path, envs.make("Hopper-v4", hide="velocities"))
-    np.testing.assert_allclose(first["critic_observations"], states[:4], rtol=1e-6)
-    np.testing.assert_allclose(second["critic_observations"], states[4:], rtol=1e-6)
-    for found in (first, second):  # five positions, six velocities
-        assert np.array_equal(found["observations"], found["critic_observations"][:, :5])
-    assert first["rewards"].tolist() == [0, 1, 2] and second["rewards"].tolist() == [3, 4]
-    assert first["terminations"].tolist() == [False, False, True]
-    assert first["observations"].dtype == first["actions"].dtype == np.float32
-
-    blind = load(path, envs.make("Hopper-v4", hide="velocities", privileged_critic=False))[0]
-    assert blind["critic_observations"].shape == blind["observations"].shape == (4, 5)
-    found = load(path, envs.make("Hopper-v4", hide="positions"))[0]
-    assert np.array_equal(found["observations"], found["critic_observations"][:, 5:])
-    assert load(path, envs.make("Hopper-v4"))[0]["observations"].shape == (4, 11)
+def test_a_policy_sees_of_the_expert_what_its_environment_does_not_hide(path):
+    states = hopper_file(path)["observations"].astype(np.float32)  # five positions, six velocities
+    for options, policy, critic in [
+        ({}, slice(11), slice(11)),
+        (dict(hide="velocities"), slice(5), slice(11)),
+        (dict(hide="positions"), slice(5, 11), slice(11)),
+        (dict(hide="velocities", privileged_critic=False), slice(5), slice(5)),
+    ]:
+        found = load(path, envs.make("Hopper-v4", **options))
+        for episode, rows in zip(found, (states[:4], states[4:]), strict=True):
+            assert np.array_equal(episode["observations"], rows[:, policy])
+            assert np.array_equal(episode["critic_observations"], rows[:, critic])
+            assert episode["observations"].dtype == episode["actions"].dtype == np.float32
+        assert [episode["rewards"].tolist() for episode in found] == [[0, 1, 2], [3, 4]]
+        assert found[0]["terminations"].tolist() == [False, False, True]
 
 
 def test_an_expert_that_saw_no_more_can_be_imitated_without_a_privileged_critic(path):
@@ -98,32 +97,33 @@ class Noise(torch.nn.Linear):
         return 2 * torch.rand_like(a_prev) - 1, z
 
 
-def test_what_is_written_is_read_again(path):
-    env = envs.make_vec("InvertedPendulum-v4", 2, hide="velocities")
+@each(
+    ("env_id", "options", "largest"),
+    [
+        ("InvertedPendulum-v4", dict(hide="velocities"), 3),
+        ("PointMassMemory-v0", dict(max_episode_steps=100), 1),  # which tells successes
+    ],
+)
+def test_what_is_written_is_read_again(env_id, options, largest, path):
+    env = envs.make_vec(env_id, 2, **options)
     played = envs.evaluate(Noise(1, 1), env, 3, False, 0)
-    save(path, played, env, dict(seed=5, env_kwargs={}, hide="velocities"))
+    options = dict(seed=5, env_kwargs={}) | options
+    save(path, played, env, options)
     found = load(path, env)
-    assert len(found) == 3
-    for one, other in zip(played, found):
-        assert one.keys() == other.keys()
-        for name, column in one.items():
-            np.testing.assert_allclose(column, other[name], atol=1e-6, err_msg=name)
     with np.load(path) as file:
-        made_by, actions = json.loads(str(file["made_by"])), file["actions"]
-        assert file["env_id"] == "InvertedPendulum-v4"
+        written = dict(file)
+    successes = written.pop("successes", None)
+    for one, other in zip(played, found, strict=True):
+        assert one.keys() - {"successes"} == other.keys()
+        for name, column in other.items():
+            np.testing.assert_allclose(one[name], column, atol=1e-6, err_msg=name)
+    if "successes" in played[0]:
+        assert np.array_equal(successes, np.concatenate([one["successes"] for one in played]))
     returns = [float(episode["rewards"].sum()) for episode in played]
-    assert made_by == dict(seed=5, env_kwargs={}, hide="velocities", returns=returns)
-    expected = 3 * np.concatenate([episode["actions"] for episode in played])
-    np.testing.assert_allclose(actions, expected, rtol=1e-6)
-
-
-def test_successes_are_written_too(path):
-    env = envs.make_vec("PointMassMemory-v0", max_episode_steps=100)
-    played = envs.evaluate(Noise(1, 1), env, 1, False, 0)
-    save(path, played, env, dict(env_kwargs={}))
-    with np.load(path) as file:
-        assert np.array_equal(file["successes"], played[0]["successes"])
-    assert len(load(path, env)) == 1
+    assert written["env_id"] == env_id
+    assert json.loads(str(written["made_by"])) == options | dict(returns=returns)
+    expected = largest * np.concatenate([episode["actions"] for episode in played])
+    np.testing.assert_allclose(written["actions"], expected, rtol=1e-6)
 
 
 def test_a_file_is_written_whole_or_not_at_all(path, tmp_path, monkeypatch):
@@ -151,44 +151,39 @@ def test_a_file_is_written_whole_or_not_at_all(path, tmp_path, monkeypatch):
 
 OLD = dict(env_kwargs={}, wind=False, random_bodies=False, hide="none")  # before they were kwargs
 NEW = dict(env_kwargs={}, hide="velocities")
-HEAVY = dict(healthy_reward=0.5)
-SLOW = dict(max_episode_steps=9)
+HEAVY, SLOW, WIND = dict(healthy_reward=0.5), dict(max_episode_steps=9), dict(wind=True)
 
 
 @each(
     ("made_by", "here", "says"),
     [
         (OLD, {}, None),
-        (NEW, {"hide": "velocities"}, None),
-        (dict(), {}, None),
-        (dict(), {"wind": True}, None),  # of what it says nothing
-        (OLD | dict(env_kwargs=HEAVY), HEAVY | {"render_mode": "rgb_array"}, None),
-        (OLD | dict(wind=True), {"wind": True}, None),
-        (dict(env_kwargs={"wind": True, "random_bodies": False}), {"wind": True}, None),
-        (dict(env_kwargs={"random_bodies": True}), {"random_bodies": True}, None),
+        (NEW, dict(hide="velocities"), None),
+        (dict(), WIND, None),  # of what it says nothing
+        (OLD | dict(env_kwargs=HEAVY), HEAVY | dict(render_mode="rgb_array"), None),
+        (OLD | WIND, WIND, None),
+        (dict(env_kwargs=WIND | dict(random_bodies=False)), WIND, None),
+        (dict(env_kwargs=dict(random_bodies=True)), dict(random_bodies=True), None),
         (dict(env_kwargs=SLOW), {}, None),
         (NEW, SLOW, None),
         (OLD | dict(env_kwargs=HEAVY), {}, r"\{'healthy_reward': 0.5\}, and here they are \{\}"),
         (NEW, HEAVY, r"env_kwargs \{\}, and here they are \{'healthy_reward': 0.5\}"),
-        (OLD | dict(wind=True), {}, r"env_kwargs \{'wind': True\}, and here they are \{\}"),
-        (dict(env_kwargs={"wind": True}), {}, r"env_kwargs \{'wind': True\}, and here"),
-        (OLD, {"random_bodies": True}, r"env_kwargs \{\}, and here they are \{'random_bodies'"),
-        ("{", {}, "made_by is no JSON object"),
+        (OLD | WIND, {}, r"env_kwargs \{'wind': True\}, and here they are \{\}"),
+        (dict(env_kwargs=WIND), {}, r"env_kwargs \{'wind': True\}, and here"),
+        (OLD, dict(random_bodies=True), r"env_kwargs \{\}, and here they are \{'random_bodies'"),
+        ("text", {}, "made_by is no JSON object"),
         ([1], {}, "made_by is no JSON object"),
-        (3, {}, "made_by is no JSON object"),
     ],
 )
 def test_demonstrations_of_another_variant_of_the_task_are_refused(made_by, here, says, path):
-    hopper_file(path, made_by=made_by if isinstance(made_by, str) else json.dumps(made_by))
     env = envs.make("Hopper-v4", **here)
-    if says is not None:
+    states = np.zeros((7, env.observation_space["critic"].shape[0]))
+    hopper_file(path, made_by=json.dumps(made_by), observations=states, critic_observations=states)
+    if says is None:
+        assert len(load(path, env)) == 2
+    else:
         with pytest.raises(envs.UsageError, match=says):
             load(path, env)
-    elif here.keys() & {"wind", "random_bodies"}:  # whose draws the states of this file lack
-        with pytest.raises(envs.UsageError, match=r"what the critic sees, 1[25] values"):
-            load(path, env)
-    else:
-        assert len(load(path, env)) == 2
 
 
 NAN = np.where(np.arange(15).reshape(5, 3) == 7, np.nan, 0)
@@ -210,34 +205,31 @@ DAMAGE = [
     (dict(rewards=np.array([None] * 5, dtype=object)), "is damaged"),  # pickled
     (dict(rewards=np.array(1.0)), "rewards is no array of numbers of its shape"),
     (dict(terminations=np.ones((5, 1), bool)), "terminations is no array of numbers of its shape"),
-    ("too few", "holds 2 episodes, and 3 are asked for"),
-    ("cut off", "is damaged"),
-    ("overwritten", "is damaged"),
-    ("text", "is damaged"),
-    ("a folder", "is damaged"),
-    ("missing", "there are no demonstrations at"),
+    (lambda path: path.write_bytes(path.read_bytes()[:1000]), "is damaged"),
+    (lambda path: path.write_text("not a file of demonstrations"), "is damaged"),
+    (lambda path: path.unlink() or path.mkdir(), "is damaged"),
+    (lambda path: path.unlink(), "there are no demonstrations at"),
 ]
 
 
 @each(("damage", "says"), DAMAGE)
 def test_unusable_demonstrations_are_answered_in_a_sentence(damage, says, tmp_path):
-    path = tmp_path / "expert.npz"
+    path, env = tmp_path / "expert.npz", envs.make("Hopper-v4", hide="velocities")
     hopper_file(path, **(damage if isinstance(damage, dict) else {}))
-    data = path.read_bytes()
-    if damage in ("missing", "a folder"):
-        path.unlink()
-    if damage == "a folder":
-        path.mkdir()
-    elif damage == "cut off":
-        path.write_bytes(data[:1000])
-    elif damage == "overwritten":
-        path.write_bytes(data[:100] + bytes(100) + data[200:])
-    elif damage == "text":
-        path.write_text("not a file of demonstrations")
-    env = envs.make("Hopper-v4", hide="velocities")
+    if callable(damage):
+        damage(path)
     with pytest.raises(envs.UsageError, match=says) as error:
-        load(str(path), env, 3 if damage == "too few" else None)
+        load(str(path), env)
     assert "\n" not in str(error.value)
+
+
+@each("episodes", [0, 3])
+def test_so_many_episodes_as_are_asked_for_have_to_be_there(episodes, path):
+    hopper_file(path)
+    env = envs.make("Hopper-v4")
+    assert len(load(path, env, 1)) == 1
+    with pytest.raises(envs.UsageError, match=f"holds 2 episodes, and {episodes} are asked for"):
+        load(path, env, episodes)
 
 
 # Shipped ------------------------------------------------------------------------------------------
@@ -245,21 +237,20 @@ def test_unusable_demonstrations_are_answered_in_a_sentence(damage, says, tmp_pa
 
 @each("name", SHIPPED)
 def test_shipped_demonstrations(name):
-    path = FOLDER / f"{name}.npz"
+    """Are what the table beside them says."""
+    path, env_id = FOLDER / f"{name}.npz", name.removesuffix("-stochastic")
     assert path.stat().st_size < 2e6
-    env_id = name.removesuffix("-stochastic")
-    source = "shipped:stochastic" if name != env_id else None
     env = envs.make(env_id, hide="velocities")
-    episodes = load(source, env)
+    episodes = load(None if name == env_id else "shipped:stochastic", env)
     with np.load(path) as file:
         made_by, actions = json.loads(str(file["made_by"])), file["actions"]
     found = np.concatenate([episode["actions"] for episode in episodes])
     np.testing.assert_allclose(found, (actions / env.action_space.high).clip(-1, 1), atol=1e-6)
     assert len(episodes) == 5 and made_by["hide"] == "none" and made_by["env_id"] == env_id
+    assert made_by.get("stochastic_demonstrations", False) == (name != env_id)
     returns = [found["rewards"].sum() for found in episodes]
     np.testing.assert_allclose(returns, made_by["returns"], rtol=1e-5)
     assert min(returns) > SHIPPED[name]
-    assert made_by.get("stochastic_demonstrations", False) == (source is not None)
     table = (FOLDER / "README.md").read_text().splitlines()
     (row,) = [line for line in table if line.startswith(f"| {name} |")]
     assert f"| {', '.join(f'{value:.0f}' for value in returns)} |" in row
@@ -297,18 +288,18 @@ def test_minari_is_optional(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::UserWarning:minari")
 def test_demonstrations_of_minari(tmp_path, monkeypatch):
+    """The first episode terminates, the second is cut off where the recording stopped."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     minari = pytest.importorskip("minari")
     from minari.data_collector import EpisodeBuffer
 
     rng = np.random.default_rng(0)
-    states = [rng.normal(size=(n + 1, 4)) for n in (3, 2)]
+    states = [rng.normal(size=(n + 1, 4)).astype(np.float32) for n in (3, 2)]
     actions = [rng.uniform(-3, 3, size=(n, 1)).astype(np.float32) for n in (3, 2)]
     buffers = [
         EpisodeBuffer(
-            observations=s, actions=a, rewards=np.ones(len(a)),
-            # the first one terminates, the second is cut off where the recording stopped
-            terminations=(np.arange(len(a)) == 2), truncations=np.zeros(len(a), bool), infos={},
+            observations=s, actions=a, rewards=np.ones(len(a)), infos={},
+            terminations=(np.arange(len(a)) == 2), truncations=np.zeros(len(a), bool),
         )
         for s, a in zip(states, actions)
     ]  # fmt: skip
@@ -316,32 +307,33 @@ def test_demonstrations_of_minari(tmp_path, monkeypatch):
     minari.create_dataset_from_buffers("pendulum/test-v0", buffers, env=recorded_in)
     env = envs.make("InvertedPendulum-v5", hide="velocities")
     found = load(source, env)
-    for one, s, a in zip(found, states, actions):
-        np.testing.assert_allclose(one["critic_observations"], s, rtol=1e-6)
-        np.testing.assert_allclose(one["observations"], s[:, :2], rtol=1e-6)
+    for one, s, a in zip(found, states, actions, strict=True):
+        assert np.array_equal(one["critic_observations"], s)
+        assert np.array_equal(one["observations"], s[:, :2])
         np.testing.assert_allclose(one["actions"], a / 3, rtol=1e-6)
-    assert found[0]["terminations"].tolist() == [False, False, True]
-    assert not found[0]["truncations"].any() and not found[1]["terminations"].any()
-    assert found[1]["truncations"].tolist() == [False, True]
+    terminations, truncations = (
+        [one[name].tolist() for one in found] for name in ("terminations", "truncations")
+    )
+    assert terminations == [[False, False, True], [False, False]]
+    assert truncations == [[False, False, False], [False, True]]
     assert len(load(source, env, 1)) == 1
-    for name, other, episodes, says in [
-        (source, envs.make("Hopper-v4"), None, "of InvertedPendulum-v5, not of Hopper-v4"),
-        ("minari:pendulum/nothing-v0", env, None, "minari download"),
-        (source, env, 3, "holds 2 episodes, and 3 are asked for"),
-    ]:
-        with pytest.raises(envs.UsageError, match=says):
-            load(name, other, episodes)
+    with pytest.raises(envs.UsageError, match="of InvertedPendulum-v5, not of Hopper-v4"):
+        load(source, envs.make("Hopper-v4"))
+    with pytest.raises(envs.UsageError, match="minari download"):
+        load("minari:pendulum/nothing-v0", env)
+    with pytest.raises(envs.UsageError, match="holds 2 episodes, and 3 are asked for"):
+        load(source, env, 3)
 
 
 @each("damage", ["short", "empty", "none", "other keys"])
 def test_odd_data_sets_of_minari(damage, monkeypatch):
     minari = pytest.importorskip("minari")
     steps = 0 if damage == "empty" else 3
-    states, flags = np.zeros((steps + (damage != "short"), 4)), np.zeros(steps, bool)
+    states = np.zeros((steps + (damage != "short"), 4))
+    columns = dict.fromkeys(("rewards", "terminations", "truncations"), np.zeros(steps, bool))
     found = types.SimpleNamespace(
         observations={"image": states} if damage == "other keys" else states,
-        actions=np.zeros((steps, 1)), rewards=np.zeros(steps), terminations=flags,
-        truncations=flags,
+        actions=np.zeros((steps, 1)), **columns,
     )  # fmt: skip
     episodes = [] if damage == "none" else [found]
     data = types.SimpleNamespace(env_spec=None, iterate_episodes=lambda: iter(episodes))

@@ -30,12 +30,9 @@ class Scripted(gym.Env):
     def step(self, action):
         self.actions.append(action)
         self.time += 1
-        result = dict(observation=[self.time, self.draw], reward=1.0) | (
-            self.changed if self.time == self.at else {}
-        )
-        observation = result["observation"]
-        observation = np.array(observation) if isinstance(observation, list) else observation
-        return observation, result["reward"], self.time == self.steps, False, dict(self.info)
+        changed = self.changed if self.time == self.at else {}
+        result = dict(observation=np.array([self.time, self.draw]), reward=1.0) | changed
+        return *result.values(), self.time == self.steps, False, dict(self.info)
 
 
 gym.register("Scripted-v0", Scripted, disable_env_checker=True)
@@ -81,27 +78,18 @@ def test_an_episode_of_t_steps_fills_t_plus_1_rows():
     assert one["policy"][0, 1] == draws[0][1]
 
 
-@each(
-    ("env_id", "options", "sizes", "more"),
-    [
-        ("Scripted-v0", {}, (2, 2, 2), False),
-        ("Hopper-v4", {"hide": "velocities", "wind": True}, (5, 12, 3), True),
-        ("CueRecall-v0", {"privileged_critic": False, "horizon": 7}, (2, 2, 1), False),
-    ],
-)
-def test_spaces_and_options(env_id, options, sizes, more):
-    env = envs.make_vec(env_id, 2, **options)
+def test_options_reach_every_environment():
+    env = envs.make_vec("Hopper-v4", 2, hide="velocities", wind=True)
     observations, action = env.single_observation_space, env.single_action_space
-    found = observations["policy"].shape[0], observations["critic"].shape[0], action.shape[0]
-    assert found == sizes and env.critic_sees_more is more
-    assert action == spaces.Box(-1, 1, action.shape, np.float32)
+    assert observations["policy"].shape == (5,) and observations["critic"].shape == (12,)
+    assert env.critic_sees_more and action == spaces.Box(-1, 1, (3,), np.float32)
     obs, _ = env.reset(seed=0)
-    both = [*obs.values()]
-    assert all(x.dtype == np.float32 and len(x) == 2 for x in both)
-    assert not np.array_equal(both[1][0], both[1][1])
+    for view in obs.values():
+        assert view.dtype == np.float32 and len(view) == 2 and (view[0] != view[1]).any()
+    assert not envs.make_vec("CueRecall-v0", privileged_critic=False).critic_sees_more
 
 
-@each("number", [0, -1, 1.5, "2"])
+@each("number", [0, 1.5])
 def test_a_number_of_environments_is_a_whole_one(number):
     with pytest.raises(SystemExit) as refusal:  # ends a program with that sentence and status 1
         envs.make_vec("CueRecall-v0", number)
@@ -129,17 +117,16 @@ def test_video_is_recorded_of_the_first_environment(tmp_path):
     assert env.envs[1].render_mode is None
 
 
-@each("env_id", ["CueRecall-v0", "Scripted-v0"])
-def test_what_cannot_be_recorded_is_told_in_a_sentence(env_id, tmp_path, monkeypatch):
+def test_what_cannot_be_recorded_is_told_in_a_sentence(tmp_path, monkeypatch):
     def render(self):
         raise OSError("no screen")
 
+    with pytest.raises(envs.UsageError, match="'Scripted-v0' cannot be rendered as 'rgb_array'"):
+        envs.make_vec("Scripted-v0", video_folder=str(tmp_path))
     monkeypatch.setattr("envs.memory.CueRecall.render", render)
-    message = "'Scripted-v0' cannot be rendered as 'rgb_array', but as"
-    if env_id == "CueRecall-v0":
-        message = r"^cannot record video: OSError\('no screen'\) .*MUJOCO_GL=egl may help\)$"
+    message = r"^cannot record video: OSError\('no screen'\) .*MUJOCO_GL=egl may help\)$"
     with pytest.raises(envs.UsageError, match=message):
-        envs.make_vec(env_id, video_folder=str(tmp_path))
+        envs.make_vec("CueRecall-v0", video_folder=str(tmp_path))
 
 
 # --- their border ---------------------------------------------------------------------------------
@@ -198,10 +185,8 @@ def test_the_space_of_actions_is_the_one_that_wrappers_left():
         (dict(observation=[0.0, -np.inf]), "observation holds -inf"),
         (dict(observation=[1e39, 0.0]), r"observation holds 1e\+39"),
         (dict(observation=[0.0]), r"observation has the shape \(1,\), and not \(2,\)"),
-        (dict(observation=np.zeros((1, 2))), r"observation has the shape \(1, 2\)"),
         (dict(observation=None), r"observation has the shape \(\)"),
         (dict(reward=np.nan), "reward holds nan"),
-        (dict(reward=-np.inf), "reward holds -inf"),
         (dict(reward=np.zeros(1)), r"reward has the shape \(1,\), and not \(\)"),
     ],
 )
@@ -246,7 +231,7 @@ def test_evaluation_carries_the_memory_and_resets_it_with_the_episode(determinis
         np.testing.assert_allclose(episode["rewards"], right, rtol=1e-6)
 
 
-@each("episodes", [1, 2, 5])
+@each("episodes", [1, 5])
 def test_evaluation_shares_the_episodes_among_the_environments(episodes):
     env = envs.make_vec("Hopper-v4", 2, hide="velocities")
     played = envs.evaluate(Counter(action_dim=3), env, episodes, True, 0)
@@ -296,11 +281,11 @@ class Steersman(Counter):
 @each(("actor", "successful"), [(Steersman(), True), (Counter(), False)])
 def test_evaluation_knows_the_successes_of_tasks_that_have_them(actor, successful):
     env = envs.make_vec("PointMassMemory-v0", 2, max_episode_steps=100)
-    for episode in envs.evaluate(actor, env, 5, True, 0):
+    for episode in envs.evaluate(actor, env, 3, True, 0):
         success = episode["successes"]
         assert success.shape == episode["rewards"].shape and success.dtype == bool
         assert success[-1] == successful and not success[0]
-        assert (np.diff(success.astype(int)) >= 0).all()
+        assert (success[:-1] <= success[1:]).all()
 
 
 @each("name", ["success", "is_success"])

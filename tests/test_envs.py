@@ -93,39 +93,12 @@ def test_gymnasium_accepts(env_id, options):
         check_env(gym.make(env_id).unwrapped, skip_render_check=True)
 
 
-@each(
-    ("env_id", "options", "more"),
-    [
-        ("Hopper-v4", {}, False),
-        ("Hopper-v4", {"hide": "velocities"}, True),
-        ("Hopper-v4", {"random_bodies": True}, True),
-        ("Hopper-v4", {"wind": True}, True),
-        ("Hopper-v4", {"hide": "positions", "wind": True, "privileged_critic": False}, False),
-        ("Ant-v5", {"hide": "velocities", "random_bodies": True, "wind": True}, True),
-        ("Ant-v5", {"random_bodies": True, "wind": True, "privileged_critic": False}, False),
-        ("CueRecall-v0", {}, True),
-        ("CueRecall-v0", {"privileged_critic": False}, False),
-        ("PointMassDoor-v0", {"privileged_critic": False}, False),
-        ("Pendulum-v1", {}, False),
-    ],
-)
-def test_critic_sees_more(env_id, options, more):
-    env = gym.wrappers.RecordEpisodeStatistics(envs.make(env_id, **options))
-    assert env.get_wrapper_attr("critic_sees_more") is more
-    observation, _ = env.reset(seed=0)
-    for seen in (observation, env.step(env.action_space.sample())[0]):
-        assert more or np.array_equal(seen["policy"], seen["critic"])
-    assert np.array_equal(seen["policy"], seen["critic"]) is not more
-    space = env.observation_space
-    assert more or space["critic"] == space["policy"]
-
-
 def test_only_the_warning_about_v4_is_silenced():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         envs.make("Ant-v4")
         envs.make("HalfCheetah-v4", random_bodies=True)
-        envs.make("Unbounded-v0")  # by float32
+        envs.make("Own-v0", **UNBOUNDED)  # by float32
         with pytest.raises(ValueError, match="cannot be rendered"):
             envs.make("Ant-v4", render_mode="oil")
     with pytest.warns(UserWarning, match="Using the latest versioned environment"):
@@ -457,8 +430,14 @@ def test_unseeded_resets_continue():
 # --- environments of one's own and errors ---------------------------------------------------------
 
 
+VECTOR = spaces.Box(-1, 1, (3,), np.float64)
+PAIR = {"observation": spaces.Dict(policy=spaces.Box(-2, 2, (2,)), critic=VECTOR, extra=VECTOR)}
+INTEGERS = {"observation": spaces.Box(0, 255, (3,), np.uint8)}
+UNBOUNDED = {"observation": spaces.Box(-1e300, 1e300, (3,), np.float64)}
+
+
 class Own(gym.Env):
-    def __init__(self, observation, action=spaces.Box(-1, 1, (1,))):  # noqa: B008
+    def __init__(self, observation=VECTOR, action=spaces.Box(-1, 1, (1,))):  # noqa: B008
         self.observation_space, self.action_space = observation, action
 
     def reset(self, *, seed=None, options=None):
@@ -487,29 +466,7 @@ class Longer(Robot):  # than Gymnasium's
         return np.append(super()._get_obs(), self.data.time)
 
 
-VECTOR = spaces.Box(-1, 1, (3,), np.float64)
-for name, observation in {
-    "Vector": VECTOR,
-    "Integers": spaces.Box(0, 255, (3,), np.uint8),
-    "Unbounded": spaces.Box(-1e300, 1e300, (3,), np.float64),
-    "Pair": spaces.Dict(policy=spaces.Box(-2, 2, (2,)), critic=VECTOR, extra=VECTOR),
-    "NoCritic": spaces.Dict(policy=VECTOR),
-    "ImageCritic": spaces.Dict(policy=VECTOR, critic=spaces.Box(0, 1, (2, 2))),
-    "Image": spaces.Box(0, 255, (8, 8, 3), np.uint8),
-    "Discrete": spaces.Discrete(3),
-    "Empty": spaces.Box(-1, 1, (0,)),
-}.items():
-    gym.register(f"{name}-v0", Own, kwargs={"observation": observation})
-for name, action in {
-    "Discrete": spaces.Discrete(3),
-    "Unbounded": spaces.Box(-np.inf, np.inf, (2,)),
-    "Matrix": spaces.Box(-1, 1, (2, 2)),
-    "Integer": spaces.Box(-1, 1, (2,), int),
-    "No": spaces.Box(-1, 1, (0,)),
-    "Vast": spaces.Box(-3e38, 3e38, (1,)),
-    "Double": spaces.Box(-1e300, 1e300, (1,), np.float64),
-}.items():
-    gym.register(f"{name}Action-v0", Own, kwargs={"observation": VECTOR, "action": action})
+gym.register("Own-v0", Own)
 for name, structure in {
     "Robot": None,
     "Structured": {"skipped_qpos": 1, "qpos": 5, "qvel": 6},
@@ -523,23 +480,38 @@ gym.register("Longer-v0", Longer, max_episode_steps=5)
 @each(
     ("env_id", "options", "expected", "more"),
     [
-        ("test_envs:Vector-v0", {}, (3, 3), False),  # taken as both
-        ("Integers-v0", {}, (3, 3), False),
-        ("Pair-v0", {}, (2, 3), True),  # taken as it is
-        ("Pair-v0", {"privileged_critic": False}, (2, 2), False),
+        ("Hopper-v4", {}, (11, 11), False),
+        ("Hopper-v4", {"hide": "velocities"}, (5, 11), True),
+        ("Hopper-v4", {"random_bodies": True}, (11, 15), True),
+        ("Hopper-v4", {"wind": True}, (11, 12), True),
+        ("Hopper-v4", {"wind": True, "privileged_critic": False}, (11, 11), False),
+        ("CueRecall-v0", {}, (2, 2), True),
+        ("CueRecall-v0", {"privileged_critic": False}, (2, 2), False),
+        ("Pendulum-v1", {}, (3, 3), False),
+        ("test_envs:Own-v0", {}, (3, 3), False),  # taken as both
+        ("Own-v0", INTEGERS, (3, 3), False),
+        ("Own-v0", PAIR, (2, 3), True),  # taken as it is
+        ("Own-v0", PAIR | {"privileged_critic": False}, (2, 2), False),
         ("Structured-v0", {"hide": "velocities", "random_bodies": True}, (5, 15), True),
         ("Robot-v0", {"random_bodies": True}, (11, 15), True),
         ("Longer-v0", {}, (12, 12), False),
     ],
-)
-def test_environments_of_your_own(env_id, options, expected, more):
+)  # fmt: skip
+def test_what_policy_and_critic_see(env_id, options, expected, more):
     env = envs.make(env_id, **options)
     check_env(env, skip_render_check=True)
     assert sizes(env) == expected and env.get_wrapper_attr("critic_sees_more") is more
-    assert set(env.observation_space) == set(env.reset()[0]) == {"policy", "critic"}
+    space, (first, _) = env.observation_space, env.reset(seed=0)
+    seen = env.step(env.action_space.sample())[0]
+    assert set(space) == set(first) == set(seen) == {"policy", "critic"}
+    if more:
+        assert not np.array_equal(seen["policy"], seen["critic"])
+    else:
+        assert space["critic"] == space["policy"]
+        assert all(np.array_equal(x["policy"], x["critic"]) for x in (first, seen))
 
 
-ACTIONS = "Actions are a 1-D Box of floats"
+IMAGE = spaces.Box(0, 1, (2, 2))
 
 
 @each(
@@ -566,17 +538,28 @@ ACTIONS = "Actions are a 1-D Box of floats"
         ("Swimmer-v4", {"wind": True}, "wind is for Ant, .*Walker2d, and not for 'Swimmer-v4'"),
         ("Pendulum-v1", {"random_bodies": True}, "random_bodies needs the XML file"),
         ("CueRecall-v0", {"hide": "velocities"}, "decides itself what its policy sees"),
-        ("Pair-v0", {"random_bodies": True}, "decides itself what its policy sees"),
-        ("Pair-v0", {"wind": True}, "decides itself what its policy sees"),
-        ("NoCritic-v0", {}, 'needs the entries "policy" and "critic".*policy'),
-        ("ImageCritic-v0", {}, "What the critic sees is a 1-D Box"),
-        ("Image-v0", {}, "The observation is a 1-D Box"),
-        ("Discrete-v0", {}, "The observation is a 1-D Box.*Discrete"),
-        ("Empty-v0", {}, "The observation is a 1-D Box with at least one value"),
-        *((f"{name}Action-v0", {}, ACTIONS) for name in ("Discrete", "Unbounded", "Matrix")),
-        *((f"{name}Action-v0", {}, ACTIONS) for name in ("Integer", "No", "Vast", "Double")),
+        ("Own-v0", PAIR | {"random_bodies": True}, "decides itself what its policy sees"),
+        ("Own-v0", PAIR | {"wind": True}, "decides itself what its policy sees"),
+        *(
+            ("Own-v0", {"observation": space}, message)
+            for space, message in [
+                (spaces.Dict(policy=VECTOR), 'needs the entries "policy" and "critic".*policy'),
+                (spaces.Dict(policy=VECTOR, critic=IMAGE), "What the critic sees is a 1-D Box"),
+                (IMAGE, "The observation is a 1-D Box"),
+                (spaces.Discrete(3), "The observation is a 1-D Box.*Discrete"),
+                (spaces.Box(-1, 1, (0,)), "The observation is a 1-D Box with at least one value"),
+            ]
+        ),
+        *(
+            ("Own-v0", {"action": space}, "Actions are a 1-D Box of floats")
+            for space in [
+                spaces.Discrete(3), spaces.Box(-np.inf, np.inf, (2,)), spaces.Box(-1, 1, (2, 2)),
+                spaces.Box(-1, 1, (2,), int), spaces.Box(-1, 1, (0,)),
+                spaces.Box(-3e38, 3e38, (1,)), spaces.Box(-1e300, 1e300, (1,), np.float64),
+            ]
+        ),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_a_clear_error(env_id, options, message):
     for make in (envs.make, envs.make_vec):
         with pytest.raises(envs.UsageError, match=re.compile(message, re.DOTALL)):

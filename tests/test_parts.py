@@ -335,21 +335,6 @@ def test_every_parameter_has_its_learning_rate(script):
     assert not actual and agent.critic_loss.__module__ == script.__name__  # nor is it compiled
 
 
-@both_scripts
-def test_an_update_moves_every_part_of_the_agent(script):
-    agent, buffer = make_agent(script, tau=0.1)
-    for a, b in zip(agent.critic.parameters(), agent.target_critic.parameters()):
-        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
-    before, target_before = snapshot(agent), snapshot(agent.target_critic)
-    agent.update(buffer)
-    assert all((old != new).any() for old, new in zip(before, snapshot(agent)))
-    # theta' <- theta' + tau (theta - theta'), with the new theta
-    assert not any(p.requires_grad for p in agent.target_critic.parameters())
-    parts = target_before, snapshot(agent.target_critic), snapshot(agent.critic)
-    for old, new, theta in zip(*parts):
-        torch.testing.assert_close(new, old + 0.1 * (theta - old), rtol=1e-5, atol=1e-8)
-
-
 def both_losses(script, actor, critic, target, batch):
     """(critic loss, Q) and (actor loss, ..., entropies) of a script."""
     if script is s2pg_sac:
@@ -364,11 +349,15 @@ def both_losses(script, actor, critic, target, batch):
 @both_scripts
 def test_an_update_is_the_step_of_the_critic_and_then_of_the_actor_against_the_new_one(script):
     """And reports what it found, as numbers without a gradient, of the rows with weight."""
-    options = dict(sequence_length=4) if script is bptt_sac else {}
-    agent, buffer = make_agent(script, gamma=0.9, alpha=0.3, **options)
+    options, targets = dict(sequence_length=4), dict(alpha=-ACTION)
+    if script is s2pg_sac:  # the target of z is so much for each of its components
+        options, targets = dict(target_entropy_z=-3.0), targets | dict(alpha_z=-3.0 * 2 * STATE)
+    agent, buffer = make_agent(script, gamma=0.9, alpha=0.3, tau=0.1, rnn="lstm", **options)
+    networks = agent.target_critic.parameters(), agent.critic.parameters()
+    assert all(torch.equal(*pair) and pair[0] is not pair[1] for pair in zip(*networks))
     with torch.no_grad():
         agent.target_critic.layers[-1].add_(1)
-    actor, critic, target = map(copy.deepcopy, (agent.actor, agent.critic, agent.target_critic))
+    old = copy.deepcopy(agent)
     torch.manual_seed(1)
     batch = buffer.sample(16) if script is s2pg_sac else buffer.sample(16, 4, False)
     before_the_losses = torch.get_rng_state()
@@ -376,9 +365,9 @@ def test_an_update_is_the_step_of_the_critic_and_then_of_the_actor_against_the_n
     metrics = agent.update(buffer)
     torch.set_rng_state(before_the_losses)
 
-    critics = iter([critic, agent.critic])  # what the first loss sees, and the second
+    critics = iter([old.critic, agent.critic])  # what the first loss sees, and the second
     (qf_loss, q), (actor_loss, *rest) = both_losses(
-        script, actor, lambda *x: next(critics)(*x), target, batch
+        script, old.actor, lambda *x: next(critics)(*x), old.target_critic, batch
     )
     expected = dict(qf_loss=qf_loss, actor_loss=actor_loss, qf_values=q[:, batch.weight > 0].mean())
     expected |= dict(alpha=torch.tensor(0.3), entropy=rest[script is s2pg_sac])
@@ -386,6 +375,20 @@ def test_an_update_is_the_step_of_the_critic_and_then_of_the_actor_against_the_n
     expected = {f"losses/{name}": value.detach() for name, value in expected.items()}
     torch.testing.assert_close(metrics, expected)
     assert not any(value.requires_grad for value in metrics.values())
+
+    # every part moves; of the targets theta' <- theta' + tau (theta - theta'), with the new theta
+    for (name, new), before in zip(agent.named_parameters(), old.parameters()):
+        assert (new != before).any(), name
+    parts = (x.parameters() for x in (old.target_critic, agent.target_critic, agent.critic))
+    for before, new, theta in zip(*parts):
+        assert not new.requires_grad
+        torch.testing.assert_close(new, before + 0.1 * (theta - before), rtol=1e-5, atol=1e-8)
+    # a temperature falls while its entropy is above the target
+    for name, target in targets.items():
+        alpha, log_alpha = metrics[f"losses/{name}"], getattr(agent, f"log_{name}")
+        excess = metrics[f"losses/{name.replace('alpha', 'entropy')}"] - target
+        torch.testing.assert_close(log_alpha.grad, alpha * excess)
+        assert (log_alpha.exp() < alpha) == (excess > 0)
 
 
 def test_each_step_computes_gradients_for_its_own_parameters_and_anew():
@@ -395,22 +398,6 @@ def test_each_step_computes_gradients_for_its_own_parameters_and_anew():
     for _ in range(3):
         s2pg_sac.descend(optimizer, 2 * x * y)
     assert math.isclose(x.item(), 1 - 3 * 0.2, rel_tol=1e-5) and y == 1 and y.grad is None
-
-
-@both_scripts
-def test_temperatures_fall_while_their_entropy_is_above_the_target(script):
-    """Targets are -|A|, and a number per component of z."""
-    targets = dict(alpha=-ACTION)
-    if script is s2pg_sac:
-        targets |= dict(alpha_z=-3.0 * 2 * STATE)
-    options = dict(target_entropy_z=-3.0) if script is s2pg_sac else {}
-    agent, buffer = make_agent(script, alpha=0.2, rnn="lstm", **options)
-    metrics = agent.update(buffer)
-    for name, target in targets.items():
-        alpha, log_alpha = metrics[f"losses/{name}"], getattr(agent, f"log_{name}")
-        excess = metrics[f"losses/{name.replace('alpha', 'entropy')}"] - target
-        torch.testing.assert_close(log_alpha.grad, alpha * excess)
-        assert (log_alpha.exp() < alpha) == (excess > 0)
 
 
 def test_an_update_writes_the_sample_of_the_actor_loss_as_next_internal_state(monkeypatch):

@@ -138,28 +138,47 @@ def test_each_world_has_its_fixed_point(loss, target):
     assert metrics["losses/q_expert"].item() == pytest.approx(4, rel=0.1)
 
 
-def test_the_internal_states_of_both_are_refreshed_with_the_sample_of_the_actor_loss(monkeypatch):
-    agent, buffer, expert = two_worlds()
-    samples, loss = [], agent.actor_loss
+def test_an_update_of_critic_and_actor_on_rows_of_both(monkeypatch):
+    options = dict(target_entropy_z=-3.0, alpha_lr=0.1, alpha_z_lr=0.2, tau=0.1, critic_lr=0.01)
+    agent, buffer, expert = two_worlds(**options)
+    seen, parts = {}, (buffer, expert)
+    for name, loss in (("critic_loss", agent.critic_loss), ("actor_loss", agent.actor_loss)):
 
-    def spy(actor, critic, batch, *rest):
-        result = loss(actor, critic, batch, *rest)
-        samples.append((batch, result[1]))
-        return result
+        def spy(*args, name=name, loss=loss):
+            seen[name] = args, loss(*args)
+            return seen[name][1]
 
-    monkeypatch.setattr(agent, "actor_loss", spy)
-    before = [part.z.clone() for part in (buffer, expert)]
-    agent.update(buffer, expert)
-    ((batch, z),) = samples
+        monkeypatch.setattr(agent, name, spy)
+    z_before = [part.z.clone() for part in parts]
+    targets = [p.clone() for p in agent.target_critic.parameters()]
+    metrics = agent.update(buffer, expert)
+    (_, _, batch, *_), (_, z, *_) = seen["actor_loss"]
     assert (batch.state[:64] == -1).all() and (batch.state[64:] == 1).all()
     torch.testing.assert_close(batch.weight.sum(), torch.tensor(1.0))
-    for part, old, half in zip((buffer, expert), before, (slice(0, 64), slice(64, 128))):
+
+    # the internal states of both are refreshed with the sample of the actor loss
+    for part, old, half in zip(parts, z_before, (slice(0, 64), slice(64, 128))):
         rows = batch.after[half][batch.weight[half] > 0]
         for row in rows.tolist():
             drawn = z[half][batch.after[half] == row]  # of several samples, one
             assert (part.z[row] == drawn).all(1).any()
         untouched = sorted(set(range(len(old))) - set(rows.tolist()))
         assert torch.equal(part.z[untouched], old[untouched])
+
+    # the target follows the critic, and is what that bootstraps from
+    given, expected = seen["critic_loss"][0], (agent.actor, agent.critic, agent.target_critic)
+    assert all(one is other for one, other in zip(given, expected))
+    for old, new, theta in zip(targets, given[2].parameters(), given[1].parameters()):
+        assert not torch.equal(old, theta) and new.is_leaf and not new.requires_grad
+        torch.testing.assert_close(new, old + 0.1 * (theta - old))
+
+    # temperatures follow the entropies; the first step of Adam is as long as its learning rate
+    for name, target, rate in (("alpha", -1, 0.1), ("alpha_z", -3.0 * 4, 0.2)):
+        alpha, log_alpha = metrics[f"losses/{name}"], getattr(agent, f"log_{name}")
+        excess = metrics[f"losses/{name.replace('alpha', 'entropy')}"] - target
+        torch.testing.assert_close(log_alpha.grad, alpha * excess)
+        step = -rate * excess.sign()
+        torch.testing.assert_close(log_alpha - alpha.log(), step, rtol=1e-3, atol=0)
 
 
 def test_the_critic_judges_state_action_and_next_internal_state_and_sees_no_a_prev():
@@ -179,32 +198,3 @@ def test_without_a_refresh_or_a_memory_both_buffers_stay_as_they_are(options):
     before = [part.rows.clone() for part in (buffer, expert)]
     agent.update(buffer, expert)
     assert all(torch.equal(part.rows, old) for part, old in zip((buffer, expert), before))
-
-
-@pytest.mark.parametrize("target", [-3.0, 0.5])
-def test_temperatures_follow_the_entropies_of_action_and_internal_state(target):
-    """On rows of both; the target is -1 for the one action, `target` for each component of z."""
-    agent, buffer, expert = two_worlds(target_entropy_z=target, alpha_lr=0.1, alpha_z_lr=0.2)
-    metrics = agent.update(buffer, expert)
-    alpha, alpha_z, entropy, entropy_z = (
-        metrics[f"losses/{name}"] for name in ("alpha", "alpha_z", "entropy", "entropy_z")
-    )
-    torch.testing.assert_close(agent.log_alpha.grad, alpha * (entropy + 1))
-    torch.testing.assert_close(agent.log_alpha_z.grad, alpha_z * (entropy_z - 4 * target))
-    # the first step of Adam is as long as its learning rate
-    for new, old, rate in ((agent.log_alpha, alpha, 0.1), (agent.log_alpha_z, alpha_z, 0.2)):
-        torch.testing.assert_close(new - old.log(), -rate * new.grad.sign(), rtol=1e-3, atol=0)
-
-
-def test_the_target_follows_the_critic_and_is_what_it_bootstraps_from(monkeypatch):
-    agent, buffer, expert = two_worlds(tau=0.1, critic_lr=0.01)
-    before, given = [p.clone() for p in agent.target_critic.parameters()], []
-    loss = agent.critic_loss
-    monkeypatch.setattr(agent, "critic_loss", lambda *args: given.extend(args) or loss(*args))
-    agent.update(buffer, expert)
-    expected = agent.actor, agent.critic, agent.target_critic
-    assert all(one is other for one, other in zip(given, expected))
-    online = agent.critic.parameters()
-    for old, new, theta in zip(before, agent.target_critic.parameters(), online):
-        assert not torch.equal(old, theta) and new.is_leaf and not new.requires_grad
-        torch.testing.assert_close(new, old + 0.1 * (theta - old))

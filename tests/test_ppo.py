@@ -79,9 +79,9 @@ SOME_LANES = lanes(  # terminated and truncated, cut at both ends, a final row f
 WHOLE_EPISODES = lanes([[(8, True), (6, True), (2, False)]] * 3, 19, [0, 0, 0])
 
 
-def fill(agent, first, final, terminated, script=s2pg_ppo):
+def fill(agent, first, final, terminated):
     """A rollout as `train` collects it, of random observations and rewards."""
-    rollout = script.Rollout(agent.args.num_steps, 3, agent.row_sizes, CPU)
+    rollout = s2pg_ppo.Rollout(agent.args.num_steps, 3, agent.row_sizes, CPU)
     z = torch.rand(3, agent.z_dim) * ~first[0].unsqueeze(-1)
     a_prev = torch.rand(3, ACTION) * ~first[0].unsqueeze(-1)
     for t in range(len(first)):

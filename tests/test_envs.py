@@ -429,7 +429,6 @@ def test_unseeded_resets_continue():
 
 # --- environments of one's own and errors ---------------------------------------------------------
 
-
 VECTOR = spaces.Box(-1, 1, (3,), np.float64)
 PAIR = {"observation": spaces.Dict(policy=spaces.Box(-2, 2, (2,)), critic=VECTOR, extra=VECTOR)}
 INTEGERS = {"observation": spaces.Box(0, 255, (3,), np.uint8)}

@@ -1,6 +1,7 @@
 """The scripts as their users run them. What is one text in all of them is tested on s2pg_sac."""
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -14,7 +15,6 @@ import time
 import types
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -133,31 +133,21 @@ def watch(monkeypatch, script, name, see):
     monkeypatch.setattr(module(script), "Agent", watched)
 
 
-class Watched(gym.vector.VectorWrapper):
-    """Keeps what the environments were told and what they showed."""
-
-    def __init__(self, env, events):
-        super().__init__(env)
-        self.events = events
-
-    def reset(self, **options):
-        result = self.env.reset(**options)
-        self.events.append(("reset", options["seed"], *result))
-        return result
-
-    def step(self, action):
-        result = self.env.step(action)
-        self.events.append(("step", action, *result))
-        return result
-
-
 @pytest.fixture
 def events(monkeypatch):
-    """Those of the environments that s2pg_sac and s2pg_ppo make, in order."""
+    """What the environments of s2pg_sac and s2pg_ppo were told and what they showed, in order."""
     kept = []
+
+    def watched(make, *args):
+        env = make(*args)
+        reset, step = env.reset, env.step
+        env.reset = lambda seed: kept.append(("reset", seed, *reset(seed=seed))) or kept[-1][2:]
+        env.step = lambda action: kept.append(("step", action, *step(action))) or kept[-1][2:]
+        return env
+
     for script in module("s2pg_sac"), module("s2pg_ppo"):
-        make = script.make_env
-        monkeypatch.setattr(script, "make_env", lambda *a, make=make: Watched(make(*a), kept))
+        make_env = functools.partial(watched, script.make_env)
+        monkeypatch.setattr(script, "make_env", make_env)
     return kept
 
 

@@ -571,9 +571,6 @@ def train(args):
     first_update = global_step + args.learning_starts - int(buffer.steps) * args.num_envs
     if args.total_timesteps <= max(global_step, first_update):
         sys.exit(f"no update before step {first_update}: raise --total-timesteps")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    saved_args = vars(args) | dict(resume=None, script=Path(__file__).name)
-    (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
     if args.track:
         import wandb
 
@@ -581,6 +578,9 @@ def train(args):
             project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
             id=run_dir.name[-64:], resume="allow", sync_tensorboard=True,
         )  # fmt: skip
+    run_dir.mkdir(parents=True, exist_ok=True)
+    saved_args = vars(args) | dict(resume=None, script=Path(__file__).name)
+    (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     expert_return = np.mean([episode["rewards"].sum() for episode in episodes])

@@ -484,9 +484,6 @@ def train(args):
     global_step, seconds = load_run(run_dir, agent) if args.resume else (0, 0.0)
     if args.total_timesteps <= global_step:
         sys.exit(f"{global_step} steps are done: raise --total-timesteps")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    saved_args = vars(args) | dict(resume=None, script=Path(__file__).name)
-    (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
     if args.track:
         import wandb
 
@@ -494,6 +491,9 @@ def train(args):
             project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
             id=run_dir.name[-64:], resume="allow", sync_tensorboard=True,
         )  # fmt: skip
+    run_dir.mkdir(parents=True, exist_ok=True)
+    saved_args = vars(args) | dict(resume=None, script=Path(__file__).name)
+    (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     stopped_by = []

@@ -689,9 +689,8 @@ def test_a_run_on_a_card_is_the_run_on_the_cpu(script):
     options |= dict(sequence_length=4) if "bptt" in script else {}
     words = command(script, cudagraphs=True, **options)
     words.insert(1, str(TESTS / "emulated_card.py"))
-    result = subprocess.run(
-        words, env=os.environ | dict(COUNTS="counts.json"), capture_output=True, text=True
-    )
+    counting = os.environ | dict(COUNTS="counts.json")
+    result = subprocess.run(words, env=counting, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and "Warning" not in result.stderr, result.stderr
     (card,) = map(load, Path("runs").iterdir())
     cpu = load(train(script, **options))

@@ -356,7 +356,7 @@ CLAIMS = {
 
 
 class Line(NamedTuple):
-    """A line of the README's first table: the methods that are compared there."""
+    """A line of the first table of docs/results.md: the methods that are compared there."""
 
     task: str
     claim: str
@@ -364,6 +364,7 @@ class Line(NamedTuple):
     s2pg: str
     bptt: str | None  # there is no BPTT-TD3
     memoryless: str
+    readme: bool = False  # a line of the README's table, too
 
 
 SAC_LINE = "S2PG-SAC", "BPTT-SAC, L = 32, all rows", "memoryless SAC"
@@ -371,35 +372,37 @@ UNTAUGHT = "S2PG-SAC", "BPTT-SAC, L = 1", "memoryless SAC"
 PPO_LINE = "S2PG-PPO", "BPTT-PPO, L = 32", "memoryless PPO"
 UNTAUGHT_PPO = "S2PG-PPO", "BPTT-PPO, L = 1", "memoryless PPO"
 OVERVIEW = [
-    Line("SAC, one pole", "hidden_velocities", "InvertedPendulum-v4", *SAC_LINE),
+    Line("SAC, pendulum", "hidden_velocities", "InvertedPendulum-v4", *SAC_LINE),
     Line("the same, BPTT with L = 1", "memory_gradient", "InvertedPendulum-v4", *UNTAUGHT),
-    Line("SAC, two poles", "sac_and_bptt", "InvertedDoublePendulum-v4", *SAC_LINE),
+    Line(
+        "SAC, double pendulum", "sac_and_bptt", "InvertedDoublePendulum-v4", *SAC_LINE, True
+    ),
     Line("the same, BPTT with L = 1", "memory_gradient", "InvertedDoublePendulum-v4", *UNTAUGHT),
     Line(
-        "SAC, two poles, velocities seen, bodies change", "random_bodies",
+        "SAC, double pendulum, velocities seen, random bodies", "random_bodies",
         "InvertedDoublePendulum-v4", *SAC_LINE,
     ),
-    Line("SAC, Hopper", "sac_and_bptt", "Hopper-v4", *SAC_LINE),
+    Line("SAC, Hopper", "sac_and_bptt", "Hopper-v4", *SAC_LINE, True),
     Line("the same, BPTT with L = 1", "memory_gradient", "Hopper-v4", *UNTAUGHT),
-    Line("SAC, HalfCheetah", "sac_and_bptt", "HalfCheetah-v4", *SAC_LINE),
+    Line("SAC, HalfCheetah", "sac_and_bptt", "HalfCheetah-v4", *SAC_LINE, True),
     Line("the same, BPTT with L = 1", "memory_gradient", "HalfCheetah-v4", *UNTAUGHT),
-    Line("SAC, a cue, to be repeated for 20 steps", "cue_recall", "CueRecall-v0", *SAC_LINE),
+    Line("SAC, a cue, repeated for 20 steps", "cue_recall", "CueRecall-v0", *SAC_LINE, True),
     Line("the same for 100 steps", "cue_recall", "CueRecall-100-v0", *SAC_LINE),
     Line("the same for 1000 steps", "cue_recall", "CueRecall-1000-v0", *SAC_LINE),
     Line(
-        "SAC, a cue, asked for after 20 steps, BPTT with L = 20", "delayed_response",
-        "CueRecall-delayed-v0", "S2PG-SAC", "BPTT-SAC, L = the horizon", "memoryless SAC",
+        "SAC, a cue, asked for after 20 steps (BPTT: L = 20)", "delayed_response",
+        "CueRecall-delayed-v0", "S2PG-SAC", "BPTT-SAC, L = the horizon", "memoryless SAC", True,
     ),
     Line("the same, BPTT with L = 1", "memory_gradient", "CueRecall-delayed-v0", *UNTAUGHT),
     Line(
-        "the same, L = 1, both with `--chrono 32`, S2PG with less noise", "memory_gradient",
+        "the same, L = 1, both `--chrono 32`, S2PG with less noise", "memory_gradient",
         "CueRecall-delayed-v0", "S2PG-SAC, chrono, less noise", "BPTT-SAC, L = 1, chrono",
         "memoryless SAC",
     ),
-    Line("TD3, one pole", "td3", "InvertedPendulum-v4", "S2PG-TD3", None, "memoryless TD3"),
-    Line("PPO, one pole", "ppo", "InvertedPendulum-v4", *PPO_LINE),
+    Line("TD3, pendulum", "td3", "InvertedPendulum-v4", "S2PG-TD3", None, "memoryless TD3"),
+    Line("PPO, pendulum", "ppo", "InvertedPendulum-v4", *PPO_LINE),
     Line("the same, BPTT with L = 1", "ppo", "InvertedPendulum-v4", *UNTAUGHT_PPO),
-    Line("PPO, HalfCheetah", "ppo_and_bptt", "HalfCheetah-v4", *PPO_LINE),
+    Line("PPO, HalfCheetah", "ppo_and_bptt", "HalfCheetah-v4", *PPO_LINE, True),
     Line("the same, BPTT with L = 1", "ppo_and_bptt", "HalfCheetah-v4", *UNTAUGHT_PPO),
     Line("the same, velocities seen, in a wind", "ppo_in_wind", "HalfCheetah-v4", *PPO_LINE),
 ]  # fmt: skip

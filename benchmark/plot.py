@@ -1,4 +1,4 @@
-"""Every picture, and the tables of README and docs/results.md, from the CSVs of benchmark/results/.
+"""Every picture, and the tables of README and docs/, from the CSVs of benchmark/results/.
 
     python benchmark/plot.py                       # all
     python benchmark/plot.py cue_recall td3        # some claims
@@ -39,7 +39,10 @@ class Args:
     """names of claims.py; by default all, the study of the variance and the tables of speed"""
     results: str = "benchmark/results"
     """folder of the CSVs and the pictures"""
-    pages: tuple[str, ...] = ("README.md", "docs/results.md")
+    pages: tuple[str, ...] = (
+        "README.md",
+        *(f"docs/{name}.md" for name in ("results", "sac", "td3", "ppo", "gail", "lsiq")),
+    )
     """files with the tables, each between a pair of marks"""
     check: bool = False
     """write nothing, and fail if the tables there are others"""
@@ -211,6 +214,47 @@ def draw(data, claim, path):
     plt.close(figure)
 
 
+FIRST_CURVES = {  # of the README's picture: name and color
+    "memoryless SAC": ("no memory", "#8c8c8c"),
+    "BPTT-SAC, L = 32, last row": ("BPTT as published:\nloss on the last\nof 32 rows", "#e07b00"),
+    "BPTT-SAC, L = 32, all rows": ("BPTT, loss on all 32 rows", "#c1272d"),
+    "S2PG-SAC": ("S2PG", "#0057b8"),
+}
+FIRST_PANELS = {  # env_id: title, largest minutes and return, where the names of curves stand
+    "InvertedDoublePendulum-v4": (
+        "Double pendulum", (31, 10_300),
+        {
+            "S2PG-SAC": (4.1, 3100), "BPTT-SAC, L = 32, all rows": (6, 9800),
+            "BPTT-SAC, L = 32, last row": (13.2, 5600), "memoryless SAC": (6.8, 120),
+        },
+    ),
+    "HalfCheetah-v4": ("HalfCheetah", (33, 5800), {"S2PG-SAC": (1.2, 4300)}),
+    "Hopper-v4": ("Hopper", (38, 2900), {"S2PG-SAC": (25, 480)}),
+}  # fmt: skip
+
+
+def draw_first(data, path):
+    """The README's picture: the return against minutes (medians), mean and range of the seeds."""
+    style = {"font.size": 14, "axes.titlesize": 17, "axes.titleweight": "bold"}
+    with plt.rc_context(style):
+        figure, panels = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
+        for panel, (env_id, (title, largest, places)) in zip(panels, FIRST_PANELS.items()):
+            for label in [label for label in FIRST_CURVES if label in data.get(env_id, {})]:
+                curve, (name, color) = data[env_id][label], FIRST_CURVES[label]
+                x, y = np.median(curve.minutes, 0), curve.stochastic
+                panel.plot(x, y.mean(0), color=color, lw=3, marker="o", markevery=[-1], ms=8)
+                panel.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.13, lw=0)
+                if label in places:
+                    panel.text(*places[label], name, color=color, weight="bold")
+            panel.set_title(title, pad=14)
+            panel.set(xlim=(0, largest[0]), ylim=(0, largest[1]), xlabel="minutes of training")
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.locator_params(nbins=5)
+        panels[0].set_ylabel("return")
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+
 def rows_of(path, claim):
     """{env_id: {label: {seed: rows}}} of a CSV of memory.py, in the order of the claim."""
     result = {}
@@ -338,14 +382,14 @@ def table(data, claim):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def overview(results):
-    """Markdown: the lines of OVERVIEW, means over seeds of the returns at the end.
+def overview(results, short=False):
+    """Markdown: the lines of OVERVIEW, or those for the README, means over seeds at the end.
 
     Bold is a method of which each seed ends above each seed of the others.
     """
     header = ["task", "steps", "S2PG", "BPTT", "no memory", "claim"]
     lines = [header, ["---"] * len(header)]
-    for line in OVERVIEW:
+    for line in [line for line in OVERVIEW if line.readme or not short]:
         path = results / f"{line.claim}.csv"
         data = read(path, CLAIMS[line.claim]) if path.exists() else {}
         labels = line.s2pg, line.bptt, line.memoryless
@@ -460,6 +504,11 @@ def main(args: Args):
             for algorithm in ("", "_ppo")
         )
         tables["overview"] = overview(results)
+        tables["short overview"] = overview(results, short=True)
+        path = results / "sac_and_bptt.csv"
+        if path.exists() and not args.check:
+            draw_first(read(path, CLAIMS[path.stem]), results / "overview.png")
+            print(results / "overview.png")
         if all(path.exists() for path in (*sac, *ppo)):
             tables |= {"speed": speed_table(sac), "speed of PPO": speed_table(ppo)}
             tables["rows per second"] = rollout_table(ppo)

@@ -644,8 +644,8 @@ def train(args):
             obs, state, action = (to_device(column, device) for column in row[:3])
             buffer.add(obs, state, obs.new_zeros(args.num_envs, agent.z_dim), action, *row[3:])
     # a resumed run whose buffer was not saved fills a new one
-    first_update = global_step + args.learning_starts - int(buffer.steps) * args.num_envs
-    if args.total_timesteps <= max(global_step, first_update):
+    first_update = global_step + max(0, args.learning_starts - int(buffer.steps) * args.num_envs)
+    if args.total_timesteps <= first_update:
         sys.exit(f"no update before step {first_update}: raise --total-timesteps")
     if args.track:
         import wandb

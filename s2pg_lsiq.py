@@ -568,8 +568,8 @@ def train(args):
     episodes = envs.demonstrations.load(args.demonstrations, env.envs[0], count)
     expert = agent.make_expert_buffer(episodes)
     # a resumed run whose buffer was not saved fills a new one
-    first_update = global_step + args.learning_starts - int(buffer.steps) * args.num_envs
-    if args.total_timesteps <= max(global_step, first_update):
+    first_update = global_step + max(0, args.learning_starts - int(buffer.steps) * args.num_envs)
+    if args.total_timesteps <= first_update:
         sys.exit(f"no update before step {first_update}: raise --total-timesteps")
     if args.track:
         import wandb

@@ -495,8 +495,8 @@ def train(args):
     buffer = TransitionBuffer(args.buffer_size, args.num_envs, *agent.row_sizes, device)
     global_step, seconds = load_checkpoint(run_dir, agent, buffer) if args.resume else (0, 0.0)
     # a resumed run whose buffer was not saved fills a new one
-    first_update = global_step + args.learning_starts - int(buffer.steps) * args.num_envs
-    if args.total_timesteps <= max(global_step, first_update):
+    first_update = global_step + max(0, args.learning_starts - int(buffer.steps) * args.num_envs)
+    if args.total_timesteps <= first_update:
         sys.exit(f"no update before step {first_update}: raise --total-timesteps")
     if args.track:
         import wandb

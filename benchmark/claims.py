@@ -34,6 +34,7 @@ POINT_MASS = (
     "--num-envs 16 --num-steps 512 --total-timesteps 1000000 --eval-frequency 100000 "
     "--eval-episodes 10 --env-id"
 )
+FLOW = "--total-timesteps 100000 --eval-frequency 5000 --eval-episodes 10 --env-id"
 SAC_METHODS = {
     "S2PG-SAC": "s2pg_sac.py",
     "BPTT-SAC, L = 5, last row": "bptt_sac.py --sequence-length 5 --loss-on last",
@@ -337,6 +338,30 @@ CLAIMS = {
         ],
         seeds=3,
         clock=False,
+    ),
+    "flow": Claim(
+        "Does the velocity of a flow policy matter, and does a flow, with the same critic?",
+        {
+            "Gaussian": "flow_sac.py --velocity none",
+            "naive flow, K = 4": "flow_sac.py --velocity mlp",
+            "Flow-G, K = 4": "flow_sac.py",
+            "Flow-T, K = 4": "flow_sac.py --velocity flow_t",
+            "naive flow, K = 10": "flow_sac.py --velocity mlp --flow-steps 10",
+            "Flow-G, K = 10": "flow_sac.py --flow-steps 10",
+            "Flow-T, K = 10": "flow_sac.py --velocity flow_t --flow-steps 10",
+        },
+        [f"{FLOW} HalfCheetah-v4", f"{FLOW} Hopper-v4"],
+        seeds=3,
+    ),
+    "flow_memory": Claim(
+        "A flow policy with a memory: does the one help the other?",
+        {
+            "Flow-G with a memory": "flow_sac.py --state-dim 32",
+            "Flow-G without": "flow_sac.py",
+            "S2PG-SAC": "s2pg_sac.py",
+        },
+        [f"{FLOW} HalfCheetah-v4 --hide velocities"],
+        seeds=3,
     ),
     "point_mass": Claim(
         "How often is a goal reached that is long out of sight, or behind doors that are?",

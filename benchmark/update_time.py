@@ -7,9 +7,10 @@
 SAC and TD3: milliseconds per gradient step of everything (sampling, critic, actor, temperatures,
 targets, refresh), for S2PG, the same without an internal state, and BPTT, all with the same number
 of transitions in a batch. The floor is the time of the matrix products of one S2PG step alone,
-forward and backward, replayed on the same operands. PPO: milliseconds per epoch over a rollout, a
-tenth of an update of ten. Runs of SAC and PPO: milliseconds of an environment step of a whole run,
-the simulator included, and of one without updates, for 1, 4 and 16 environments.
+forward and backward, replayed on the same operands. SAC Flow: the same for its velocities. PPO:
+milliseconds per epoch over a rollout, a tenth of an update of ten. Runs of SAC and PPO:
+milliseconds of an environment step of a whole run, the simulator included, and of one without
+updates, for 1, 4 and 16 environments.
 
 What is timed is what `train` of a script does: the update is caught in a run, with its arguments,
 and repeated. The methods take turns, round after round, so that a busy machine slows all of them
@@ -59,9 +60,15 @@ METHODS = {  # {algorithm: {method: options, and the script}}
         "S2PG": dict(name="s2pg_ppo"),
     }
     | {f"BPTT, L = {n}": dict(name="bptt_ppo", sequence_length=n) for n in (16, 32, 64, 256)},
+    "flow": {"Gaussian": dict(name="flow_sac", velocity="none")}
+    | {
+        f"{label}, K = {n}": dict(name="flow_sac", velocity=velocity, flow_steps=n)
+        for label, velocity in (("naive", "mlp"), ("Flow-G", "flow_g"), ("Flow-T", "flow_t"))
+        for n in (4, 10)
+    },
 }
 IN_RUNS = "memoryless", "S2PG", "BPTT, L = 32", "BPTT, L = 32, all"  # methods of whole runs
-SCRIPTS = "s2pg_sac", "bptt_sac", "s2pg_td3", "s2pg_ppo", "bptt_ppo"
+SCRIPTS = "s2pg_sac", "bptt_sac", "s2pg_td3", "s2pg_ppo", "bptt_ppo", "flow_sac"
 
 
 @dataclasses.dataclass
@@ -69,7 +76,9 @@ class Args:
     env_id: str = "Hopper-v4"  # a MuJoCo task
     device: Literal["cpu", "cuda"] = "cpu"  # where the networks are
     batch_size: int = 256  # transitions in an update of SAC and TD3
-    algorithms: tuple[Literal["sac", "td3", "ppo", "runs"], ...] = ("sac", "td3", "ppo", "runs")
+    algorithms: tuple[Literal["sac", "td3", "ppo", "flow", "runs"], ...] = (
+        "sac", "td3", "ppo", "flow", "runs",
+    )  # fmt: skip
     methods: tuple[str, ...] = ()  # names as in the tables; by default all
     baseline: Path | None = None  # checkout of another commit, to be measured beside this one
     compile: bool = False  # as in the scripts, on CUDA
@@ -126,7 +135,8 @@ def scripts_of(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tasks of `envs` are registered again
         for name in ("envs", *SCRIPTS):
-            importlib.import_module(name)
+            if name == "envs" or Path(folder, f"{name}.py").exists():
+                importlib.import_module(name)
     sys.path.pop(0)
     return ours()
 
@@ -252,7 +262,7 @@ def take_turns(measures, rounds):
 
 def print_table(title, times):
     """Medians, ratios to memoryless and S2PG, and those to the baseline with their quartiles."""
-    bases = [base for base in ("memoryless", "S2PG") if base in times]
+    bases = [base for base in ("memoryless", "S2PG", "Gaussian") if base in times]
     print(f"\n{title:38s} {'median':>7s}", *(f"{f'x {base}':>13s}" for base in bases))
     for name, own in times.items():
         ratios = [np.median(own / times[base]) for base in bases]
@@ -331,7 +341,7 @@ def main(args: Args):
             name + suffix: method | dict(modules=modules)
             for name, method in methods.items()
             for suffix, modules in commits.items()
-            if not args.methods or name in args.methods
+            if (not args.methods or name in args.methods) and method["name"] in modules
         }
         for algorithm, methods in METHODS.items()
     }
@@ -351,7 +361,7 @@ def main(args: Args):
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # for what the runs write
-        for algorithm in ("sac", "td3", "ppo"):
+        for algorithm in ("sac", "td3", "ppo", "flow"):
             if algorithm in args.algorithms and chosen[algorithm]:
                 update_table(algorithm, chosen[algorithm], options, args)
         for algorithm, num_envs in itertools.product(("sac", "ppo"), (1, 4, 16)):

@@ -41,7 +41,7 @@ class Args:
     """folder of the CSVs and the pictures"""
     pages: tuple[str, ...] = (
         "README.md",
-        *(f"docs/{name}.md" for name in ("results", "sac", "td3", "ppo", "gail", "lsiq")),
+        *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))),
     )
     """files with the tables, each between a pair of marks"""
     check: bool = False

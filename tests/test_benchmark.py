@@ -591,7 +591,7 @@ def test_the_first_table_has_means_and_what_is_best_with_each_seed_in_bold(monke
     monkeypatch.setattr(plot, "CLAIMS", {"one": claim, "later": claim})
     monkeypatch.setattr(plot, "OVERVIEW", [
         Line("all three", "one", "Here-v0", "a", "b", "c"),
-        Line("two of them", "one", "Here-v0", "a", None, "c"),
+        Line("two of them", "one", "Here-v0", "a", None, "c", True),
         Line("no run yet", "later", "Here-v0", "a", "b", "c"),
         Line("not of this task", "one", "There-v0", "a", "b", "c"),
         Line("one is shorter", "one", "Here-v0", "d", "b", "c"),
@@ -605,6 +605,20 @@ def test_the_first_table_has_means_and_what_is_best_with_each_seed_in_bold(monke
         "| one is shorter | 20,000 | **100** after 10,000 | 15.5 | 10.0 | `one` |",
         "| one alone | 20,000 | 8.0 |  |  | `one` |",
     ]
+    (line,) = plot.overview(Path(), short=True).splitlines()[2:]
+    assert line == "| two of them | 20,000 | **25.5** |  | 10.0 | `one` |"
+
+
+def test_the_first_picture_is_the_mean_against_minutes_and_names_each_curve_once(monkeypatch):
+    axes = []
+    monkeypatch.setattr(plt, "close", lambda figure: axes.extend(figure.axes))
+    curves = dict.fromkeys(plot.FIRST_CURVES, curve([[1, 2, 3], [3, 4, 9]], [[1, 2, 3], [3, 4, 9]]))
+    plot.draw_first(dict.fromkeys(plot.FIRST_PANELS, curves), "first.png")
+    for panel in axes:
+        assert len(panel.lines) == len(curves)
+        np.testing.assert_allclose(panel.lines[0].get_xydata(), [[2, 2], [3, 3], [6, 6]])
+    names = [text.get_text() for text in axes[0].texts]
+    assert sorted(names) == sorted(name for name, _ in plot.FIRST_CURVES.values())
 
 
 def test_what_memory_py_writes_becomes_a_table_and_a_picture(monkeypatch):

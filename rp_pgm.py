@@ -7,8 +7,7 @@ learned model and of the critic behind them, differentiated through model and po
     a_t = pi(s_t, zeta_t),  s_{t+1} = f(s_t, a_t) + xi_t,  n_0 = 1,  n_{t+1} = n_t (1 - d(s_t, a_t))
     J_h = sum_{t<h} gamma^t n_t (r_t - alpha log pi_t) + gamma^h n_h (min_i Q_i - alpha log pi)_h
     dp          zeta is drawn and xi = 0: derivatives on predictions
-    dr          zeta and xi are inferred from a segment of the replay buffer, which the unroll
-                repeats: derivatives of policy and model on real samples
+    dr          zeta and xi repeat a segment of the replay buffer: derivatives on real samples
     model-free  h = 0: the actor's step of SAC
 
 The gradient's variance may grow as the 4h-th powers of the Lipschitz constants of f and pi, which
@@ -55,9 +54,9 @@ class Args:
     gamma: float = 0.99  # discount, in [0, 1)
     tau: float = 0.005  # share of the critic that goes into its target, in (0, 1]
     actor_lr: float = 3e-4  # learning rate of the actor
-    critic_lr: float = 3e-4  # learning rate of the critic
+    critic_lr: float = 1e-3  # learning rate of the critic
     alpha: float = 0.1  # initial temperature of the action
-    alpha_lr: float = 3e-4  # learning rate of log alpha
+    alpha_lr: float = 1e-3  # learning rate of log alpha
     entropy_start: float = -1.0  # target entropy at first, in nats for each component of the action
     entropy_end: float = -1.0  # and after the last step
     entropy_power: float = 1.0  # p of H_end + (H_start - H_end) (1 - t / T)^p, in between
@@ -144,10 +143,10 @@ class RunningNorm(nn.Module):
 
 
 class SpectralNorm(nn.Module):
-    """A weight W [out, in] as c W / sigma, where sigma = u'W v comes near its spectral norm.
+    """A weight W [out, in] as c W / sigma, where sigma = u'W v is nearly its spectral norm.
 
-    Miyato et al., ICLR 2018, arXiv 1802.05957. The singular vectors u and v follow W by a step of
-    power iteration after each of the optimiser, not in each use: all uses in an unroll are equal.
+    Miyato et al., ICLR 2018, arXiv 1802.05957. u and v follow W after each step of the optimiser,
+    not in each use, so that all uses in an unroll are equal.
     """
 
     def __init__(self, weight, coef):
@@ -158,7 +157,7 @@ class SpectralNorm(nn.Module):
         self.register_buffer("v", F.normalize(weight.detach().T @ u, dim=0))
 
     def forward(self, weight):
-        return self.coef * weight / (self.u @ weight @ self.v)
+        return self.coef * weight / (self.u @ (weight @ self.v))
 
 
 @torch.no_grad()
@@ -167,8 +166,9 @@ def power_iteration(net):
     for layer in net.modules():
         if parametrize.is_parametrized(layer):
             norm, weight = layer.parametrizations.weight[0], layer.parametrizations.weight.original
-            norm.u.copy_(F.normalize(weight @ norm.v, dim=0))
-            norm.v.copy_(F.normalize(weight.T @ norm.u, dim=0))
+            for _ in range(5):  # with one, sigma falls behind by up to a half while W moves fast
+                norm.u.copy_(F.normalize(weight @ norm.v, dim=0))
+                norm.v.copy_(F.normalize(weight.T @ norm.u, dim=0))
 
 
 def mlp(sizes, normalised=(), coef=1.0):
@@ -592,8 +592,8 @@ def train(args):
     buffer = SegmentBuffer(args.buffer_size, args.num_envs, *agent.row_sizes, device)
     global_step, seconds = load_checkpoint(run_dir, agent, buffer) if args.resume else (0, 0.0)
     # a resumed run whose buffer was not saved fills a new one
-    first_update = global_step + args.learning_starts - int(buffer.steps) * args.num_envs
-    if args.total_timesteps <= max(global_step, first_update):
+    first_update = global_step + max(0, args.learning_starts - int(buffer.steps) * args.num_envs)
+    if args.total_timesteps <= first_update:
         sys.exit(f"no update before step {first_update}: raise --total-timesteps")
     if args.track:
         import wandb

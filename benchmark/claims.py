@@ -34,6 +34,7 @@ POINT_MASS = (
     "--num-envs 16 --num-steps 512 --total-timesteps 1000000 --eval-frequency 100000 "
     "--eval-episodes 10 --env-id"
 )
+LONGER = "--checkpoint-frequency 20000 --eval-frequency 20000 --eval-episodes 10 --total-timesteps"
 FLOW = "--total-timesteps 100000 --eval-frequency 5000 --eval-episodes 10 --env-id"
 SAC_METHODS = {
     "S2PG-SAC": "s2pg_sac.py",
@@ -338,6 +339,26 @@ CLAIMS = {
         ],
         seeds=3,
         clock=False,
+    ),
+    "humanoid": Claim(
+        "The published regime: a million steps of Humanoid with hidden velocities.",
+        {
+            "S2PG-SAC": "s2pg_sac.py",
+            "memoryless SAC": "s2pg_sac.py --memoryless",
+            "BPTT-SAC, L = 32, all rows": "bptt_sac.py",
+        },
+        [f"{LONGER} 1000000 --env-id Humanoid-v4"],
+        seeds=1,
+    ),
+    "long": Claim(
+        "300 000 steps: does S2PG-SAC stay level on HalfCheetah, and come up on Hopper?",
+        {
+            "S2PG-SAC": "s2pg_sac.py",
+            "BPTT-SAC, L = 32, all rows": "bptt_sac.py",
+            "memoryless SAC": "s2pg_sac.py --memoryless",
+        },
+        [f"{LONGER} 300000 --env-id HalfCheetah-v4", f"{LONGER} 300000 --env-id Hopper-v4"],
+        seeds=3,
     ),
     "flow": Claim(
         "Does the velocity of a flow policy matter, and does a flow, with the same critic?",

@@ -80,7 +80,7 @@ def test_shared_options_have_the_same_default(one, other):
     if "flow_sac" in (one.stem, other.stem):
         shared -= {"state_dim"}  # as published, a flow has no internal state
     if "rp_pgm" in (one.stem, other.stem):
-        shared -= {"alpha"}  # the published temperature; another weighs each step of a model
+        shared -= {"alpha"}  # as published, RP-PGM begins with a lower temperature
     if one.stem.split("_")[1] != other.stem.split("_")[1]:
         shared -= TUNING
     assert len(shared) > 15

@@ -7,14 +7,15 @@ make an action of noise, and the actor's loss is differentiated through all of t
     x_0 ~ N(0, I),   x_{k+1} = x_k + v(x_k, k/K, o) / K + std(o) eps_k,   a = tanh(x_K)
     log pi = log N(x_0; 0, I) + sum_k log N(x_{k+1}; x_k + v / K, std^2) - sum log(1 - a^2)
 
-This is a residual recurrent network: dQ/dx_0 is a product of K Jacobians. Two velocities tame it:
+A residual recurrent network: dQ/dx_0 is dQ/dx_K times K Jacobians. Two velocities are to bound it:
 
     flow_g   v = G (C - x), with a gate G and a candidate C, as in a gated recurrent cell
     flow_t   v is a transformer's decoder block, whose memory is the observation
-    mlp      v is any network, the naive flow;   none: one Gaussian step, which is SAC
+    mlp      v is any network, the naive flow
+    none     one Gaussian step from 0: SAC, whose Q gets a_prev, too
 
-The critic has target networks, or none and batch renormalisation (CrossQ), as published. With
---state-dim there is an internal state z as in s2pg_sac.py, conditioning v: compare by diff.
+--critic crossq, as published, has batch renormalisation and no target networks. With --state-dim,
+v sees the internal state of s2pg_sac.py, too: compare by diff.
 
     python flow_sac.py --env-id HalfCheetah-v4
     python flow_sac.py --env-id Hopper-v4 --state-dim 32 --hide velocities
@@ -60,7 +61,7 @@ class Args:
     critic_lr: float = 1e-3  # learning rate of the critic
     adam_beta1: float = 0.9  # momentum of Adam, in [0, 1)
     alpha: float = 1.0  # initial temperature of the action
-    alpha_lr: float = 1e-3  # learning rate of log alpha; target entropy: 0 of a path, -|A| of none
+    alpha_lr: float = 1e-3  # learning rate of log alpha; target entropy 0, -|A| for a Gaussian
     alpha_z: float = 0.01  # initial temperature of the internal state
     alpha_z_lr: float = 3e-4  # learning rate of log alpha_z
     target_entropy_z: float = -1.0  # nats per component of z: -1 is a std of .09, -3 of .012
@@ -70,14 +71,12 @@ class Args:
     flow_steps: int = 4  # K
     flow_width: int = 256  # of the hidden layers of v
     noise: Literal["learned", "fixed"] = "learned"  # of a step: std(o), or sigma / sqrt(K)
-    sigma: float = 0.1  # fixed noise, whose drift is corrected so that x_K is distributed as before
+    sigma: float = 0.1  # of the whole path, if fixed; after flow matching a drift makes up for it
     draw_x0: bool = False  # draw x_0 in a noise-free evaluation, too; otherwise it is 0
     state_dim: int = 0  # size of the internal state, that of a GRU; 0 for none
-    critic: Literal["target", "crossq"] = "target"  # "crossq": no target, batch renorm, width 1024
+    critic: Literal["target", "crossq"] = "target"  # or CrossQ: none, batch renorm, width 1024
     demonstrations: str | None = None  # an .npz file or minari:NAME, which goes into the buffer
-    offline_steps: int = (
-        0  # updates on the demonstrations, with flow matching, before the first step
-    )
+    offline_steps: int = 0  # updates on the demonstrations, with flow matching, before step 1
     beta: float = 0.0  # pull towards the actions of the buffer: beta |a~ - a|^2
 
     seed: int = 1  # of the networks, the noise and the environments
@@ -121,7 +120,7 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 class VelocityMLP(nn.Module):
     """v(x, t, o) of two hidden layers. `context`, what depends on o alone, is computed once.
 
-    Shapes, here and below: x, v [B, A]; t [B, 1] in [0, 1); what stands for o here is (o, g).
+    Shapes, here and below: x, v [B, A]; t [B, 1] in [0, 1); o stands for (o, g).
     """
 
     def __init__(self, inputs, dim, width):
@@ -191,7 +190,7 @@ class FlowActor(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.action_dim, self.z_dim, self.draw_x0 = action_dim, args.state_dim, args.draw_x0
-        self.sigma = args.sigma if args.noise == "fixed" else None
+        self.sigma = args.sigma if args.noise == "fixed" else 0.0
         self.from_noise = args.velocity != "none"
         self.steps = args.flow_steps if self.from_noise else 1
         self.policy_obs = nn.Linear(obs_dim, 256)
@@ -213,24 +212,25 @@ class FlowActor(nn.Module):
         h = torch.cat([torch.relu_(self.policy_obs(obs)), g], -1)
         log_std = torch.tanh(self.policy_head(torch.relu_(self.policy_hidden(h))))
         log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (log_std + 1)
-        return g, *log_std.split([self.action_dim, self.z_dim], -1)
+        log_std, log_std_z = log_std.split([self.action_dim, self.z_dim], -1)
+        if self.sigma:  # in each step sigma sqrt(1 / K)
+            log_std = torch.full_like(log_std, math.log(self.sigma / self.steps**0.5))
+        return g, log_std, log_std_z
 
-    def path(self, obs, g, log_std, noise):
+    def path(self, obs, g, log_std, noise, sigma=0.0):
         """[x_0, ..., x_K], each [B, A], and log p of the path and of tanh x_K, per dimension.
 
         `noise` [K + 1, B, A] is x_0 and eps_0 to eps_{K-1}. A fixed noise would spread x_K; the
-        drift sigma^2 / 2 grad log p_t(x) takes that back. For the velocity of a flow that begins at
-        N(0, I), grad log p_t(x) = (t v - x) / (1 - t).
+        drift sigma^2 / 2 grad log p_t(x) undoes that. What flow matching learns has
+        grad log p_t(x) = (t v - x) / (1 - t); trained by SAC alone, v is any function.
         """
-        if self.sigma:  # in each step sigma sqrt(1 / K)
-            log_std = torch.full_like(log_std, math.log(self.sigma / self.steps**0.5))
         context = self.velocity.context(torch.cat([obs, g], -1))
         path = [noise[0] * self.from_noise]
         for k, eps in enumerate(noise[1:]):
             x, t = path[-1], k / self.steps
             v = self.velocity(context, x, torch.full_like(x[:, :1], t))
-            if self.sigma:
-                v = v + 0.5 * self.sigma**2 * (t * v - x) / (1 - t)
+            if sigma:
+                v = v + 0.5 * sigma**2 * (t * v - x) / (1 - t)
             path.append(x + v / self.steps + log_std.exp() * eps)
         x, gaussians = path[-1], self.steps + self.from_noise
         squares = path[0].square() + noise[1:].square().sum(0)
@@ -241,7 +241,7 @@ class FlowActor(nn.Module):
         """Reparameterised a [B, A] and z' [B, Z], with log pi_a [B] and log pi_z [B]."""
         g, log_std, log_std_z = self(obs, z, a_prev)
         noise = torch.randn(self.steps + 1, *log_std.shape, device=obs.device)
-        path, log_pi_a = self.path(obs, g, log_std, noise)
+        path, log_pi_a = self.path(obs, g, log_std, noise, self.sigma)
         z, log_pi_z = squashed_gaussian(atanh(g), log_std_z)
         return torch.tanh(path[-1]), z, log_pi_a.sum(-1), log_pi_z.sum(-1)
 
@@ -273,8 +273,8 @@ def squashed_gaussian(mean, log_std):
 class BatchRenorm(nn.Module):
     """Normalises x [2, B, F] over B in training, otherwise by running statistics.
 
-    Ioffe, NeurIPS 2017, arXiv 1702.03275: after 100 000 calls r and d, without gradient, take a
-    batch to where running statistics would have it. A linear layer follows, so there is no scale.
+    Ioffe, NeurIPS 2017, arXiv 1702.03275: after 100 000 calls r and d, without gradient, make it
+    normalise as running statistics would, within bounds. No scale: a linear layer follows.
     """
 
     def __init__(self, features):
@@ -394,7 +394,7 @@ def flow_critic_loss(actor, critic, target_critic, batch, alpha, gamma):
     """sum_i E[(Q_i(s, a, z', a_prev) - y)^2]; also Q_1, Q_2 [2, B].
 
     y = r + gamma (1 - d) [min_i Q'_i(s', a'', z'', a) - alpha log pi_a(a'' | o', z', a)]. CrossQ,
-    arXiv 1902.05605, has no target critic: Q' is Q, normalised over both sides at once.
+    arXiv 1902.05605, has no target critic: Q' is Q, and both sides are one batch to its norms.
     """
     with torch.no_grad():
         a, z, log_pi_a, _ = actor.sample(batch.next_obs, batch.next_z, batch.action)
@@ -415,8 +415,9 @@ def flow_actor_loss(actor, critic, batch, alpha, alpha_z, beta):
     Also the sample z~' [B, Z] and the entropies of the path and of pi_z, detached.
     """
     a, z, log_pi_a, log_pi_z = actor.sample(batch.obs, batch.z, batch.a_prev)
-    q = critic(batch.state, a, z, batch.a_prev).amin(0) - beta * (a - batch.action).square().sum(-1)
-    loss = (batch.weight * (alpha * log_pi_a + alpha_z * log_pi_z - q)).sum()
+    q = critic(batch.state, a, z, batch.a_prev).amin(0)
+    pull = (a - batch.action).square().sum(-1)
+    loss = (batch.weight * (alpha * log_pi_a + alpha_z * log_pi_z + beta * pull - q)).sum()
     entropy, entropy_z = -(batch.weight * log_pi_a).sum(), -(batch.weight * log_pi_z).sum()
     return loss, z.detach(), entropy.detach(), entropy_z.detach()
 
@@ -424,7 +425,7 @@ def flow_actor_loss(actor, critic, batch, alpha, alpha_z, beta):
 def flow_matching_loss(actor, batch):
     """E|v((1 - t) x_0 + t x_1, t, o) - (x_1 - x_0)|^2, where a = tanh x_1, at the times k / K.
 
-    Lipman et al., ICLR 2023, arXiv 2210.02747. For a Gaussian policy that is a regression of x_1.
+    Lipman et al., ICLR 2023, arXiv 2210.02747. For a Gaussian policy it regresses x_1 on o.
     """
     g, *_ = actor(batch.obs, batch.z, batch.a_prev)
     context = actor.velocity.context(torch.cat([batch.obs, g], -1))
@@ -436,12 +437,12 @@ def flow_matching_loss(actor, batch):
 
 
 def path_gradients(actor, critic, batch):
-    """Mean norms of dQ/dx_k, and that of x_0 over that of x_K; mean std; mean gate, 0 if none."""
+    """Mean norms of dQ/dx_k for each k; the first over the last; mean std; mean gate, 0 if none."""
     gates, gate = [], getattr(actor.velocity, "gate", nn.Identity())
     hook = gate.register_forward_hook(lambda *call: gates.append(call[-1].sigmoid().mean()))
     g, log_std, _ = actor(batch.obs, batch.z, batch.a_prev)
     noise = torch.randn(actor.steps + 1, *log_std.shape, device=g.device, requires_grad=True)
-    path, _ = actor.path(batch.obs, g, log_std, noise)
+    path, _ = actor.path(batch.obs, g, log_std, noise, actor.sigma)
     hook.remove()
     q = critic(batch.state, torch.tanh(path[-1]), batch.next_z, batch.a_prev).amin(0)
     norms = [gradient.norm(dim=-1).mean() for gradient in torch.autograd.grad(q.sum(), path)]
@@ -465,12 +466,11 @@ class FlowSAC(nn.Module):
         # a critic that is told no more than the policy gets z, in case that o is not Markov
         state_dim = critic_dim if privileged else obs_dim + self.z_dim
         inputs = state_dim + action_dim + self.z_dim + action_dim  # s, a, z', a_prev
+        width, norm = (256, nn.Identity) if args.critic == "target" else (1024, BatchRenorm)
+        self.critic, self.target_critic = SoftCritic(inputs, width, norm).eval(), None
         if args.critic == "target":
-            self.critic = SoftCritic(inputs, 256, nn.Identity)
-            self.target_critic = SoftCritic(inputs, 256, nn.Identity).requires_grad_(False)
+            self.target_critic = SoftCritic(inputs, width, norm).requires_grad_(False)
             self.target_critic.load_state_dict(self.critic.state_dict())
-        else:
-            self.critic, self.target_critic = SoftCritic(inputs, 1024, BatchRenorm).eval(), None
         self.target_entropy = 0 if self.actor.from_noise else -action_dim
         self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log())
         self.log_alpha_z = nn.Parameter(torch.tensor(args.alpha_z).log())
@@ -479,8 +479,7 @@ class FlowSAC(nn.Module):
 
         adam = dict(betas=(args.adam_beta1, 0.999), fused=True, capturable=args.cudagraphs)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.critic_lr, **adam)
-        # with a fixed noise, no temperature would bring the entropy to a target
-        alpha_lr = args.alpha_lr if args.noise == "learned" else 0.0
+        alpha_lr = args.alpha_lr * (args.noise == "learned")  # fixed noise: entropy cannot follow
         parts = [
             dict(params=list(self.actor.parameters()), lr=args.actor_lr),
             dict(params=[self.log_alpha], lr=alpha_lr),
@@ -513,20 +512,22 @@ class FlowSAC(nn.Module):
 
         pi_loss, *rest = self.actor_loss(actor, critic, batch, alpha, alpha_z, args.beta)
         z_next, entropy, entropy_z = rest
-        matching = flow_matching_loss(actor, batch) if offline else torch.zeros_like(pi_loss)
-        self.offline_updates += offline
         # a temperature falls while its entropy is above the target
         alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
         alpha_z_loss = self.log_alpha_z.exp() * (entropy_z - args.target_entropy_z * self.z_dim)
-        descend(self.actor_optimizer, pi_loss + matching + alpha_loss + alpha_z_loss)
+        loss = pi_loss + alpha_loss + alpha_z_loss
+        if offline:
+            matching = flow_matching_loss(actor, batch)
+            loss, self.offline_updates = loss + matching, self.offline_updates + 1
+        descend(self.actor_optimizer, loss)
         if args.refresh:  # with the sample of the actor loss, one gradient step old and free
             buffer.refresh(batch, z_next)
 
         losses = dict(
             qf_values=(batch.weight * q).sum() / 2, qf_loss=qf_loss, actor_loss=pi_loss,
             alpha=alpha, alpha_z=alpha_z, entropy=entropy, entropy_z=entropy_z,
-            flow_matching_loss=matching,
         )  # fmt: skip
+        losses |= dict(flow_matching_loss=matching) if offline else {}
         return {f"losses/{name}": value.detach() for name, value in losses.items()}
 
 
@@ -638,9 +639,8 @@ def train(args):
     if args.demonstrations and not int(buffer.steps):
         import envs.demonstrations as demonstrations
 
-        for row in demonstrations.rows(
-            demonstrations.load(args.demonstrations, env), args.num_envs
-        ):
+        episodes = demonstrations.load(args.demonstrations, env)
+        for row in demonstrations.rows(episodes, args.num_envs):
             obs, state, action = (to_device(column, device) for column in row[:3])
             buffer.add(obs, state, obs.new_zeros(args.num_envs, agent.z_dim), action, *row[3:])
     # a resumed run whose buffer was not saved fills a new one
@@ -667,9 +667,13 @@ def train(args):
         signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
     start_time, updates_due, metrics, leaving = time.time() - seconds, 0, {}, False
-    while int(agent.offline_updates) < args.offline_steps and not stopped_by:
-        metrics = FlowSAC.update(agent, buffer, offline=True)  # never as a graph
-        bar.set_postfix_str(f"offline update {int(agent.offline_updates)}", refresh=True)
+    while (n := int(agent.offline_updates)) < args.offline_steps and not stopped_by:
+        metrics = FlowSAC.update(agent, buffer, offline=True)  # agent.update may be a graph
+        if n % 100 == 0:
+            bar.set_postfix_str(f"offline update {n}")
+            for name, value in metrics.items():
+                writer.add_scalar(f"offline_{name}", value, n)
+    after_offline = bool(metrics) and not stopped_by
     obs, _ = env.reset(seed=1000 * args.seed + global_step)  # a resumed run: new episodes
     z = torch.zeros(args.num_envs, agent.z_dim, device=device)
     a_prev = torch.zeros(args.num_envs, agent.action_dim, device=device)
@@ -714,10 +718,9 @@ def train(args):
                 writer.add_scalar(name, value, global_step)
             writer.add_scalar("charts/SPS", global_step / seconds, global_step)
         every = args.checkpoint_frequency
-        if leaving or global_step // every > last_step // every:
+        if leaving or after_offline or global_step // every > last_step // every:
             save_checkpoint(run_dir, agent, buffer, global_step=global_step, seconds=seconds)
         every = args.eval_frequency
-        after_offline = args.offline_steps and last_step == 0
         if eval_env and (finished or after_offline or global_step // every > last_step // every):
             import envs
 
@@ -728,6 +731,7 @@ def train(args):
             means = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
             bar.write(f"step {global_step}: {means}")
             start_time = time.time() - seconds
+        after_offline = False
     bar.close()
     writer.close()
     env.close()

@@ -70,7 +70,7 @@ def test_the_density_is_that_of_every_gaussian_on_the_path(velocity, noise):
     g, log_std, _ = actor(obs, z, a_prev)
     K = actor.steps
     noise_used = torch.randn(K + 1, BATCH, ACTION)
-    path, log_prob = actor.path(obs, g, log_std, noise_used)
+    path, log_prob = actor.path(obs, g, log_std, noise_used, actor.sigma)
     std = torch.full_like(log_std, 0.3 / K**0.5) if noise == "fixed" else log_std.exp()
     x, expected = path[0], torch.zeros(BATCH, ACTION)
     if velocity == "none":
@@ -150,14 +150,16 @@ def test_the_corrected_drift_keeps_the_distribution_of_the_action(noise, low, hi
     actor = make_actor(flow_steps=K, noise=noise, sigma=0.5)
     actor.velocity = Known(velocity)
     log_std = torch.full((20_000, ACTION), math.log(0.5 / K**0.5))
-    path, _ = actor.path(*seen(20_000)[:2], log_std, torch.randn(K + 1, 20_000, ACTION))
+    eps = torch.randn(K + 1, 20_000, ACTION)
+    path, _ = actor.path(*seen(20_000)[:2], log_std, eps, actor.sigma)
     assert low < path[-1].std() < high
     assert abs(path[-1].mean() - mean) < 0.03
 
 
+@pytest.mark.parametrize("noise", ["learned", "fixed"])
 @pytest.mark.parametrize("velocity", VELOCITIES)
-def test_what_is_sampled_played_and_noise_free(velocity):
-    actor = make_actor(velocity)
+def test_what_is_sampled_played_and_noise_free(velocity, noise):
+    actor = make_actor(velocity, noise=noise)
     obs, z, a_prev = seen()
     torch.manual_seed(1)
     sample = actor.sample(obs, z, a_prev)
@@ -355,27 +357,33 @@ def test_demonstrations_are_rows_as_environments_hand_them_out(num_envs):
     ]
 
 
-def test_offline_updates_are_counted_and_stored(tmp_path, monkeypatch, capsys):
-    """A run that is stopped while it learns offline goes on with the updates that are left."""
+def test_a_run_stopped_offline_goes_on_offline(tmp_path, monkeypatch):
+    """It is evaluated when the updates on the demonstrations are done, and not before."""
     monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)
-    offline = []
-    update = flow_sac.FlowSAC.update
+    log, update, returns = [], flow_sac.FlowSAC.update, envs.returns
 
-    def watched(agent, buffer, **options):
-        offline.append(options.get("offline", False))
-        if len(offline) == 3:
+    def watched_update(agent, buffer, offline=False):
+        log.append("offline" if offline else "online")
+        if len(log) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(agent, buffer, **options)
+        losses = update(agent, buffer, offline=offline)
+        assert ("losses/flow_matching_loss" in losses) == offline
+        return losses
 
-    monkeypatch.setattr(flow_sac.FlowSAC, "update", watched)
+    def watched_returns(*args):
+        log.append("evaluation")
+        return returns(*args)
+
+    monkeypatch.setattr(flow_sac.FlowSAC, "update", watched_update)
+    monkeypatch.setattr(envs, "returns", watched_returns)
     command = "flow_sac.py --demonstrations shipped:stochastic --offline-steps 7 --batch-size 8"
-    command += " --total-timesteps 12 --eval-episodes 1 --flow-width 8 --eval-frequency 1000"
+    command += " --total-timesteps 6 --eval-episodes 1 --flow-width 8 --eval-frequency 1000"
     monkeypatch.setattr("sys.argv", command.split())
     with pytest.raises(SystemExit) as stop:
         flow_sac.train(flow_sac.parse_args())
-    assert stop.value.code == 128 + 15
+    assert stop.value.code == 128 + signal.SIGTERM
     (run,) = (tmp_path / "runs").iterdir()
     monkeypatch.setattr("sys.argv", ["flow_sac.py", "--resume", str(run)])
     flow_sac.train(flow_sac.parse_args())
-    assert offline[:7] == [True] * 7 and not any(offline[7:]) and len(offline) > 12
+    assert log == 7 * ["offline"] + ["evaluation"] + 4 * ["online"] + ["evaluation"]

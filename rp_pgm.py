@@ -33,7 +33,6 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
-from torch.func import jacrev
 from torch.nn.utils import parametrize
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -98,7 +97,9 @@ class Args:
             batch_size=(1, inf), gamma=(0, 1 - 1e-9), tau=(1e-9, 1), warmup_steps=(0, inf),
             actor_lr=(0, inf), critic_lr=(0, inf), alpha=(1e-9, inf), alpha_lr=(0, inf),
             entropy_power=(1e-3, inf), horizon=(0, inf), sn_coef=(1e-9, inf), model_lr=(0, inf),
-            model_updates=(0, inf), model_length=(1, inf), depth=(0, inf),
+            model_updates=(0, inf), model_length=(1, inf), depth=(0, inf), width=(1, inf),
+            entropy_start=(-9, 1), entropy_end=(-9, 1),
+            grad_var_every=(0, inf), lipschitz_every=(0, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
         ).items():  # fmt: skip
             if not low <= getattr(self, name) <= high:
@@ -110,7 +111,6 @@ class Args:
 BRIEF = dict(learning_starts=1_000, warmup_steps=0)
 TUNED = {  # defaults that differ by task: the target entropies as published
     "Ant": dict(entropy_start=0.0, entropy_end=-2 / 8, entropy_power=4.0),
-    "CueRecall": BRIEF,
     "HalfCheetah": dict(entropy_start=-2 / 6, entropy_end=-3 / 6),
     "Hopper": dict(entropy_start=0.0, entropy_end=-2 / 3, entropy_power=1 / 32),
     "InvertedDoublePendulum": BRIEF | dict(entropy_start=-2.0, entropy_end=-2.0),
@@ -476,8 +476,8 @@ class RPPGM(nn.Module):
         """Spectral norms of all layers of policy and dynamics; means of |dpi/dx| and |df/dx|."""
         batch, norm = buffer.sample(256, 1, self.actor.norm), torch.linalg.matrix_norm
         # rows do not see one another: the Jacobian of their sum, [., B, O], has that of each
-        policy = jacrev(lambda x: torch.tanh(self.actor(x)[0]).sum(0))(batch.x[0])
-        model = jacrev(lambda x: self.model.step(x, batch.action[0]).sum(0))(batch.x[0])
+        policy = torch.func.jacrev(lambda x: torch.tanh(self.actor(x)[0]).sum(0))(batch.x[0])
+        model = torch.func.jacrev(lambda x: self.model.step(x, batch.action[0]).sum(0))(batch.x[0])
         result = {"lipschitz/policy": norm(policy, 2, dim=(0, 2)).mean()}
         result["lipschitz/model"] = norm(model, 2, dim=(0, 2)).mean()
         for name, net in ("policy", self.actor.net), ("model", self.model.dynamics):

@@ -28,7 +28,7 @@ import s2pg_sac
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-OFF_POLICY = ["s2pg_sac", "bptt_sac", "s2pg_td3", "s2pg_lsiq", "flow_sac"]
+OFF_POLICY = ["s2pg_sac", "bptt_sac", "s2pg_td3", "s2pg_lsiq", "flow_sac", "rp_pgm"]
 ON_POLICY = ["s2pg_ppo", "bptt_ppo", "s2pg_gail"]
 EACH = pytest.mark.parametrize("script", OFF_POLICY + ON_POLICY)
 BOTH = pytest.mark.parametrize("script", ["s2pg_sac", "s2pg_ppo"])  # two texts of `train`
@@ -495,7 +495,7 @@ def state_of(agent, *buffer):
 
 SAVED = [(script, {}) for script in ON_POLICY]  # a ring that is full, and one that is not
 SAVED += [
-    (s, dict(save_buffer=True, buffer_size=n)) for s, n in zip(OFF_POLICY, [40, 50, 90, 90, 90])
+    (s, dict(save_buffer=True, buffer_size=n)) for s, n in zip(OFF_POLICY, [40, 50, 90, 90, 90, 90])
 ]
 
 
@@ -617,7 +617,7 @@ def test_tuned_options_come_between_the_defaults_and_the_command_line(script, mo
     for name, options in module(script).TUNED.items():
         args = parse(monkeypatch, "--env-id", f"{name}-v4", script=script)
         assert {k: getattr(args, k) for k in options} == options
-    hidden = "none" if script == "flow_sac" else "velocities"
+    hidden = "none" if script in ("flow_sac", "rp_pgm") else "velocities"
     assert parse(monkeypatch, script=script).hide == hidden
     options = "--env-id", "Humanoid-v4", "--hide", "positions"
     assert parse(monkeypatch, *options, script=script).hide == "positions"
@@ -701,8 +701,8 @@ def test_a_run_on_a_card_is_the_run_on_the_cpu(script):
     assert card.keys() == cpu.keys()
     pairs = list(zip(tree_leaves(card), tree_leaves(cpu), strict=True))
     tensors = [pair for pair in pairs if torch.is_tensor(pair[0])]
-    # a sum of gradients over the steps of a flow may be taken in another order
-    atol = 1e-4 if script == "flow_sac" else 0
+    # a sum of gradients over the steps of a flow or a model may be taken in another order
+    atol = 1e-4 if script in ("flow_sac", "rp_pgm") else 0
     assert len(tensors) > 30
     assert all(torch.allclose(*pair, rtol=0, atol=atol) for pair in tensors)
 
@@ -710,7 +710,8 @@ def test_a_run_on_a_card_is_the_run_on_the_cpu(script):
     if off_policy:
         rows = 20 + 3  # three episodes have ended and begun anew
         assert counts["waits"]["train"] == 1 + rows  # once before the first, for the buffer's size
-        assert counts["launches"]["replay of act"] == rows - 3 + 3 * rows  # of arguments
+        arguments = 1 if script == "rp_pgm" else 3  # which are copied to where the graph reads them
+        assert counts["launches"]["replay of act"] == rows - 3 + arguments * rows
         assert counts["waits"].keys() <= {"train", "save_checkpoint", "make_expert_buffer"}
     assert not counts["waits"].keys() & {"act", "add", "learn", "sample", "refresh"}
 

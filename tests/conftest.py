@@ -2,3 +2,8 @@ import torch
 
 # Test processes run side by side, and one thread is the fastest for networks of this size anyway.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no process is left alone with one of them at the end."""
+    items.sort(key=lambda item: "test_learning" not in item.nodeid)

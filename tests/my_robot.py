@@ -34,4 +34,4 @@ def make(num_envs):
     return gym.vector.SyncVectorEnv([one] * num_envs, autoreset_mode=mode)
 
 
-gym.register("Robot-v0", Robot, disable_env_checker=True)
+gym.register("MyRobot-v0", Robot, disable_env_checker=True)

@@ -17,7 +17,7 @@ import s2pg_sac
 
 CUE = dict(env_id="CueRecall-v0", env_kwargs=dict(horizon=5))
 PENDULUM = dict(env_id="InvertedPendulum-v4", hide="velocities")  # its actions lie in [-3, 3]
-ROBOT = dict(env_id="my_robot:Robot-v0")  # its bounds are not symmetric
+ROBOT = dict(env_id="my_robot:MyRobot-v0")  # its bounds are not symmetric
 WITHOUT_US = """
 import json, sys
 sys.modules["gymnasium"] = None  # importing it fails

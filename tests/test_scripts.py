@@ -673,7 +673,7 @@ def test_a_script_alone_trains_with_an_environment_in_the_place_of_ours():
 
 
 def test_your_own_environment_trains_and_its_bugs_keep_their_traceback():
-    task = dict(env_id="my_robot:Robot-v0", env_kwargs={}, eval_frequency=0)
+    task = dict(env_id="my_robot:MyRobot-v0", env_kwargs={}, eval_frequency=0)
     # its episodes are truncated, and that is no step either
     assert logged(train(**task))["charts/episodic_length"] == (list(range(7, 61, 7)), [7] * 8)
     with pytest.raises(ValueError, match="could not be broadcast"):

@@ -70,14 +70,9 @@ class Args:
     velocity: Literal["mlp", "flow_g", "flow_t", "none"] = "flow_g"  # "none": a Gaussian policy
     flow_steps: int = 4  # K
     flow_width: int = 256  # of the hidden layers of v
-    noise: Literal["learned", "fixed"] = "learned"  # of a step: std(o), or sigma / sqrt(K)
-    sigma: float = 0.1  # of the whole path, if fixed; after flow matching a drift makes up for it
     draw_x0: bool = False  # draw x_0 in a noise-free evaluation, too; otherwise it is 0
     state_dim: int = 0  # size of the internal state, that of a GRU; 0 for none
     critic: Literal["target", "crossq"] = "target"  # or CrossQ: none, batch renorm, width 1024
-    demonstrations: str | None = None  # an .npz file or minari:NAME, which goes into the buffer
-    offline_steps: int = 0  # updates on the demonstrations, with flow matching, before step 1
-    beta: float = 0.0  # pull towards the actions of the buffer: beta |a~ - a|^2
 
     seed: int = 1  # of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
@@ -86,9 +81,6 @@ class Args:
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
     eval_episodes: int = 5  # episodes of an evaluation, noise-free and stochastic each
-    track: bool = False  # log to Weights and Biases as well
-    wandb_project_name: str = "s2pg"  # its project
-    wandb_entity: str | None = None  # its team
     cuda: bool = True  # use a CUDA card where there is one
     num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
@@ -101,19 +93,15 @@ class Args:
             seed=(0, inf), num_envs=(1, inf), buffer_size=(rows, inf), learning_starts=(rows, inf),
             batch_size=(1, inf), gamma=(0, 1 - 1e-9), tau=(1e-9, 1), policy_frequency=(1, inf),
             actor_lr=(0, inf), critic_lr=(0, inf), adam_beta1=(0, 1 - 1e-9), alpha=(1e-9, inf),
-            alpha_lr=(0, inf), alpha_z=(1e-9, inf), alpha_z_lr=(0, inf), beta=(0, inf),
+            alpha_lr=(0, inf), alpha_z=(1e-9, inf), alpha_z_lr=(0, inf), state_dim=(0, inf),
             target_entropy_z=(-3.5, 0.5), flow_steps=(1, inf), flow_width=(1, inf),
-            sigma=(1e-3, 1), state_dim=(0, inf), offline_steps=(0, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
         ).items():  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 sys.exit(f"--{name.replace('_', '-')} must be in [{low}, {high}]")
-        if self.offline_steps and self.demonstrations is None:
-            sys.exit("--offline-steps needs --demonstrations")
 
 
-SHORT = "CueRecall", "InvertedDoublePendulum", "InvertedPendulum"
-TUNED = {name: dict(learning_starts=1_000) for name in SHORT}  # defaults that differ by task
+TUNED = {"InvertedPendulum": dict(learning_starts=1_000)}  # defaults that differ by task
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
 
@@ -190,7 +178,6 @@ class FlowActor(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.action_dim, self.z_dim, self.draw_x0 = action_dim, args.state_dim, args.draw_x0
-        self.sigma = args.sigma if args.noise == "fixed" else 0.0
         self.from_noise = args.velocity != "none"
         self.steps = args.flow_steps if self.from_noise else 1
         self.policy_obs = nn.Linear(obs_dim, 256)
@@ -212,25 +199,18 @@ class FlowActor(nn.Module):
         h = torch.cat([torch.relu_(self.policy_obs(obs)), g], -1)
         log_std = torch.tanh(self.policy_head(torch.relu_(self.policy_hidden(h))))
         log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (log_std + 1)
-        log_std, log_std_z = log_std.split([self.action_dim, self.z_dim], -1)
-        if self.sigma:  # in each step sigma sqrt(1 / K)
-            log_std = torch.full_like(log_std, math.log(self.sigma / self.steps**0.5))
-        return g, log_std, log_std_z
+        return g, *log_std.split([self.action_dim, self.z_dim], -1)
 
-    def path(self, obs, g, log_std, noise, sigma=0.0):
+    def path(self, obs, g, log_std, noise):
         """[x_0, ..., x_K], each [B, A], and log p of the path and of tanh x_K, per dimension.
 
-        `noise` [K + 1, B, A] is x_0 and eps_0 to eps_{K-1}. A fixed noise would spread x_K; the
-        drift sigma^2 / 2 grad log p_t(x) undoes that. What flow matching learns has
-        grad log p_t(x) = (t v - x) / (1 - t); trained by SAC alone, v is any function.
+        `noise` [K + 1, B, A] is x_0 and eps_0 to eps_{K-1}.
         """
         context = self.velocity.context(torch.cat([obs, g], -1))
         path = [noise[0] * self.from_noise]
         for k, eps in enumerate(noise[1:]):
             x, t = path[-1], k / self.steps
             v = self.velocity(context, x, torch.full_like(x[:, :1], t))
-            if sigma:
-                v = v + 0.5 * sigma**2 * (t * v - x) / (1 - t)
             path.append(x + v / self.steps + log_std.exp() * eps)
         x, gaussians = path[-1], self.steps + self.from_noise
         squares = path[0].square() + noise[1:].square().sum(0)
@@ -241,7 +221,7 @@ class FlowActor(nn.Module):
         """Reparameterised a [B, A] and z' [B, Z], with log pi_a [B] and log pi_z [B]."""
         g, log_std, log_std_z = self(obs, z, a_prev)
         noise = torch.randn(self.steps + 1, *log_std.shape, device=obs.device)
-        path, log_pi_a = self.path(obs, g, log_std, noise, self.sigma)
+        path, log_pi_a = self.path(obs, g, log_std, noise)
         z, log_pi_z = squashed_gaussian(atanh(g), log_std_z)
         return torch.tanh(path[-1]), z, log_pi_a.sum(-1), log_pi_z.sum(-1)
 
@@ -409,31 +389,16 @@ def flow_critic_loss(actor, critic, target_critic, batch, alpha, gamma):
     return (batch.weight * (q - target).square()).sum(), q.detach()
 
 
-def flow_actor_loss(actor, critic, batch, alpha, alpha_z, beta):
-    """E[alpha log pi_a(a~) + alpha_z log pi_z(z~') + beta |a~ - a|^2 - min_i Q_i(s, a~, z~', .)].
+def soft_actor_loss(actor, critic, batch, alpha, alpha_z):
+    """E[alpha log pi_a(a~) + alpha_z log pi_z(z~') - min_i Q_i(s, a~, z~', a_prev)].
 
-    Also the sample z~' [B, Z] and the entropies of the path and of pi_z, detached.
+    Also the sample z~' [B, Z] and the entropies of pi_a and pi_z, detached.
     """
     a, z, log_pi_a, log_pi_z = actor.sample(batch.obs, batch.z, batch.a_prev)
     q = critic(batch.state, a, z, batch.a_prev).amin(0)
-    pull = (a - batch.action).square().sum(-1)
-    loss = (batch.weight * (alpha * log_pi_a + alpha_z * log_pi_z + beta * pull - q)).sum()
+    loss = (batch.weight * (alpha * log_pi_a + alpha_z * log_pi_z - q)).sum()
     entropy, entropy_z = -(batch.weight * log_pi_a).sum(), -(batch.weight * log_pi_z).sum()
     return loss, z.detach(), entropy.detach(), entropy_z.detach()
-
-
-def flow_matching_loss(actor, batch):
-    """E|v((1 - t) x_0 + t x_1, t, o) - (x_1 - x_0)|^2, where a = tanh x_1, at the times k / K.
-
-    Lipman et al., ICLR 2023, arXiv 2210.02747. For a Gaussian policy it regresses x_1 on o.
-    """
-    g, *_ = actor(batch.obs, batch.z, batch.a_prev)
-    context = actor.velocity.context(torch.cat([batch.obs, g], -1))
-    x_1 = torch.atanh(batch.action.clamp(-0.999, 0.999))
-    x_0 = torch.randn_like(x_1) * actor.from_noise
-    t = torch.randint_like(x_1[:, :1], actor.steps) / actor.steps
-    v = actor.velocity(context, (1 - t) * x_0 + t * x_1, t)
-    return (batch.weight * (v - x_1 + x_0).square().sum(-1)).sum()
 
 
 def path_gradients(actor, critic, batch):
@@ -442,7 +407,7 @@ def path_gradients(actor, critic, batch):
     hook = gate.register_forward_hook(lambda *call: gates.append(call[-1].sigmoid().mean()))
     g, log_std, _ = actor(batch.obs, batch.z, batch.a_prev)
     noise = torch.randn(actor.steps + 1, *log_std.shape, device=g.device, requires_grad=True)
-    path, _ = actor.path(batch.obs, g, log_std, noise, actor.sigma)
+    path, _ = actor.path(batch.obs, g, log_std, noise)
     hook.remove()
     q = critic(batch.state, torch.tanh(path[-1]), batch.next_z, batch.a_prev).amin(0)
     norms = [gradient.norm(dim=-1).mean() for gradient in torch.autograd.grad(q.sum(), path)]
@@ -475,26 +440,24 @@ class FlowSAC(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log())
         self.log_alpha_z = nn.Parameter(torch.tensor(args.alpha_z).log())
         self.to(device)
-        self.register_buffer("offline_updates", torch.tensor(0))  # on the CPU, where it is read
 
         adam = dict(betas=(args.adam_beta1, 0.999), fused=True, capturable=args.cudagraphs)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.critic_lr, **adam)
-        alpha_lr = args.alpha_lr * (args.noise == "learned")  # fixed noise: entropy cannot follow
         parts = [
             dict(params=list(self.actor.parameters()), lr=args.actor_lr),
-            dict(params=[self.log_alpha], lr=alpha_lr),
+            dict(params=[self.log_alpha], lr=args.alpha_lr),
             dict(params=[self.log_alpha_z], lr=args.alpha_z_lr),
         ]
         self.actor_optimizer = torch.optim.Adam(parts, **adam)
         self.optimizers = [self.critic_optimizer, self.actor_optimizer]
         compiled = torch.compile if args.compile else lambda function: function
-        self.critic_loss, self.actor_loss = compiled(flow_critic_loss), compiled(flow_actor_loss)
+        self.critic_loss, self.actor_loss = compiled(flow_critic_loss), compiled(soft_actor_loss)
         self.act = self.actor.act
         if args.cudagraphs:
             self.act, self.update = Graphed(self.act), Graphed(self.update)
         self.row_sizes = obs_dim, critic_dim if privileged else 0, self.z_dim, action_dim
 
-    def update(self, buffer, offline=False):
+    def update(self, buffer):
         """`policy_frequency` steps of the critic, one of the rest; tensors to log."""
         actor, critic, target, args = self.actor, self.critic, self.target_critic, self.args
         alpha, alpha_z = self.log_alpha.detach().exp(), self.log_alpha_z.detach().exp()
@@ -510,16 +473,11 @@ class FlowSAC(nn.Module):
                     parameters = list(target.parameters()), list(critic.parameters())
                     torch._foreach_lerp_(*parameters, args.tau)
 
-        pi_loss, *rest = self.actor_loss(actor, critic, batch, alpha, alpha_z, args.beta)
-        z_next, entropy, entropy_z = rest
+        pi_loss, z_next, entropy, entropy_z = self.actor_loss(actor, critic, batch, alpha, alpha_z)
         # a temperature falls while its entropy is above the target
         alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
         alpha_z_loss = self.log_alpha_z.exp() * (entropy_z - args.target_entropy_z * self.z_dim)
-        loss = pi_loss + alpha_loss + alpha_z_loss
-        if offline:
-            matching = flow_matching_loss(actor, batch)
-            loss, self.offline_updates = loss + matching, self.offline_updates + 1
-        descend(self.actor_optimizer, loss)
+        descend(self.actor_optimizer, pi_loss + alpha_loss + alpha_z_loss)
         if args.refresh:  # with the sample of the actor loss, one gradient step old and free
             buffer.refresh(batch, z_next)
 
@@ -527,7 +485,6 @@ class FlowSAC(nn.Module):
             qf_values=(batch.weight * q).sum() / 2, qf_loss=qf_loss, actor_loss=pi_loss,
             alpha=alpha, alpha_z=alpha_z, entropy=entropy, entropy_z=entropy_z,
         )  # fmt: skip
-        losses |= dict(flow_matching_loss=matching) if offline else {}
         return {f"losses/{name}": value.detach() for name, value in losses.items()}
 
 
@@ -636,44 +593,22 @@ def train(args):
     agent = Agent(args, env, device)
     buffer = TransitionBuffer(args.buffer_size, args.num_envs, *agent.row_sizes, device)
     global_step, seconds = load_checkpoint(run_dir, agent, buffer) if args.resume else (0, 0.0)
-    if args.demonstrations and not int(buffer.steps):
-        import envs.demonstrations as demonstrations
-
-        episodes = demonstrations.load(args.demonstrations, env)
-        for row in demonstrations.rows(episodes, args.num_envs):
-            obs, state, action = (to_device(column, device) for column in row[:3])
-            buffer.add(obs, state, obs.new_zeros(args.num_envs, agent.z_dim), action, *row[3:])
     # a resumed run whose buffer was not saved fills a new one
     first_update = global_step + max(0, args.learning_starts - int(buffer.steps) * args.num_envs)
     if args.total_timesteps <= first_update:
         sys.exit(f"no update before step {first_update}: raise --total-timesteps")
-    if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
-            id=run_dir.name[-64:], resume="allow", sync_tensorboard=True,
-        )  # fmt: skip
     run_dir.mkdir(parents=True, exist_ok=True)
     saved_args = vars(args) | dict(resume=None, script=Path(__file__).name)
     (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
-    learning_starts = 0 if args.demonstrations else args.learning_starts
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
-    if global_step < learning_starts:
-        bar.write(f"actions are random until learning starts at step {learning_starts}")
+    if global_step < args.learning_starts:
+        bar.write(f"actions are random until learning starts at step {args.learning_starts}")
     stopped_by = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
     start_time, updates_due, metrics, leaving = time.time() - seconds, 0, {}, False
-    while (n := int(agent.offline_updates)) < args.offline_steps and not stopped_by:
-        metrics = FlowSAC.update(agent, buffer, offline=True)  # agent.update may be a graph
-        if n % 100 == 0:
-            bar.set_postfix_str(f"offline update {n}")
-            for name, value in metrics.items():
-                writer.add_scalar(f"offline_{name}", value, n)
-    after_offline = bool(metrics) and not stopped_by
     obs, _ = env.reset(seed=1000 * args.seed + global_step)  # a resumed run: new episodes
     z = torch.zeros(args.num_envs, agent.z_dim, device=device)
     a_prev = torch.zeros(args.num_envs, agent.action_dim, device=device)
@@ -682,7 +617,7 @@ def train(args):
     while not leaving:
         policy_obs, critic_obs = (to_device(view, device) for view in views(obs))
         action, z_next = agent.act(policy_obs, z, a_prev)
-        if global_step < learning_starts:
+        if global_step < args.learning_starts:
             action = 2 * torch.rand_like(action) - 1
         a = action.cpu().numpy()
         if not np.isfinite(a).all():
@@ -718,10 +653,10 @@ def train(args):
                 writer.add_scalar(name, value, global_step)
             writer.add_scalar("charts/SPS", global_step / seconds, global_step)
         every = args.checkpoint_frequency
-        if leaving or after_offline or global_step // every > last_step // every:
+        if leaving or global_step // every > last_step // every:
             save_checkpoint(run_dir, agent, buffer, global_step=global_step, seconds=seconds)
         every = args.eval_frequency
-        if eval_env and (finished or after_offline or global_step // every > last_step // every):
+        if eval_env and (finished or global_step // every > last_step // every):
             import envs
 
             result = envs.returns(agent.actor, eval_env, args.eval_episodes, args.seed, global_step)
@@ -731,7 +666,6 @@ def train(args):
             means = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
             bar.write(f"step {global_step}: {means}")
             start_time = time.time() - seconds
-        after_offline = False
     bar.close()
     writer.close()
     env.close()

@@ -1,18 +1,14 @@
-"""flow_sac.py: density and gradient of a path, the three velocities, CrossQ, offline to online."""
+"""flow_sac.py: density and gradient of a path, the three velocities, CrossQ."""
 
 import math
-import os
-import signal
 from types import SimpleNamespace
 
 import gymnasium as gym
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.distributions import Normal
 
-import envs.demonstrations
 import flow_sac
 
 OBS, ACTION, STATE, BATCH = 3, 2, 4, 5
@@ -61,17 +57,16 @@ def filled(agent, rows=200):
 # --- the path -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("noise", ["learned", "fixed"])
 @pytest.mark.parametrize("velocity", VELOCITIES)
-def test_the_density_is_that_of_every_gaussian_on_the_path(velocity, noise):
-    """Step by step, with the drift of the paper for a fixed noise: its equations, other code."""
-    actor = make_actor(velocity, noise=noise, sigma=0.3)
+def test_the_density_is_that_of_every_gaussian_on_the_path(velocity):
+    """Step by step, by the densities of torch.distributions."""
+    actor = make_actor(velocity)
     obs, z, a_prev = seen()
     g, log_std, _ = actor(obs, z, a_prev)
     K = actor.steps
     noise_used = torch.randn(K + 1, BATCH, ACTION)
-    path, log_prob = actor.path(obs, g, log_std, noise_used, actor.sigma)
-    std = torch.full_like(log_std, 0.3 / K**0.5) if noise == "fixed" else log_std.exp()
+    path, log_prob = actor.path(obs, g, log_std, noise_used)
+    std = log_std.exp()
     x, expected = path[0], torch.zeros(BATCH, ACTION)
     if velocity == "none":
         assert (x == 0).all() and K == 1
@@ -81,8 +76,6 @@ def test_the_density_is_that_of_every_gaussian_on_the_path(velocity, noise):
     for k, after in enumerate(path[1:]):
         t = k / K
         v = actor.velocity(context, x, torch.full((BATCH, 1), t))
-        if noise == "fixed":
-            v = (1 - t + t * 0.3**2 / 2) / (1 - t) * v - 0.3**2 / (2 * (1 - t)) * x
         torch.testing.assert_close(after, x + v / K + std * noise_used[k + 1])
         expected, x = expected + Normal(x + v / K, std).log_prob(after), after
     torch.testing.assert_close(log_prob, expected - torch.log(1 - torch.tanh(x).square()))
@@ -138,28 +131,9 @@ def test_a_new_gate_is_open_and_leaks():
     torch.testing.assert_close(path[-1], torch.full_like(path[-1], 0.3194), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("noise, low, high", [("fixed", 0.39, 0.41), ("learned", 0.52, 9)])
-def test_the_corrected_drift_keeps_the_distribution_of_the_action(noise, low, high):
-    """A flow from N(0, 1) to N(1.5, .4^2), with noise of .5: uncorrected, x_K spreads to .55."""
-    K, mean, std = 64, 1.5, 0.4
-
-    def velocity(x, t):
-        slope = (t * std**2 - (1 - t)) / ((1 - t).square() + (t * std).square())
-        return mean + slope * (x - t * mean)
-
-    actor = make_actor(flow_steps=K, noise=noise, sigma=0.5)
-    actor.velocity = Known(velocity)
-    log_std = torch.full((20_000, ACTION), math.log(0.5 / K**0.5))
-    eps = torch.randn(K + 1, 20_000, ACTION)
-    path, _ = actor.path(*seen(20_000)[:2], log_std, eps, actor.sigma)
-    assert low < path[-1].std() < high
-    assert abs(path[-1].mean() - mean) < 0.03
-
-
-@pytest.mark.parametrize("noise", ["learned", "fixed"])
 @pytest.mark.parametrize("velocity", VELOCITIES)
-def test_what_is_sampled_played_and_noise_free(velocity, noise):
-    actor = make_actor(velocity, noise=noise)
+def test_what_is_sampled_played_and_noise_free(velocity):
+    actor = make_actor(velocity)
     obs, z, a_prev = seen()
     torch.manual_seed(1)
     sample = actor.sample(obs, z, a_prev)
@@ -288,102 +262,3 @@ def test_a_temperature_rises_where_entropy_is_missing(velocity, target):
         entropy = agent.update(filled(agent))["losses/entropy"]
         assert (entropy < target) == rises
         assert (agent.log_alpha.item() > before) == rises
-
-
-def test_the_temperature_of_a_fixed_noise_stays():
-    agent = make_agent(noise="fixed")
-    before = agent.log_alpha.item()
-    agent.update(filled(agent))
-    assert agent.log_alpha.item() == before
-
-
-# --- offline to online ----------------------------------------------------------------------------
-
-
-def test_flow_matching_learns_both_modes_of_the_data():
-    """Actions of +-.9, which is what comes out after the tanh: the flow is matched before it."""
-    torch.set_default_dtype(torch.float32)
-    actor = make_actor("mlp", state_dim=0, flow_steps=8, flow_width=64)
-    optimizer = torch.optim.Adam(actor.parameters(), 3e-3)
-    for _ in range(600):
-        side = torch.randint(0, 2, (256, 1)) * 1.8 - 0.9
-        batch = SimpleNamespace(
-            obs=torch.zeros(256, OBS), z=torch.zeros(256, 0), a_prev=torch.zeros(256, ACTION),
-            action=side.expand(-1, ACTION), weight=torch.full((256,), 1 / 256),
-        )  # fmt: skip
-        flow_sac.descend(optimizer, flow_sac.flow_matching_loss(actor, batch))
-    actor.draw_x0 = True
-    with torch.no_grad():
-        a, _ = actor.act(batch.obs, batch.z, batch.a_prev, deterministic=True)
-    assert 0.85 < a.abs().mean() < 0.95
-    assert 0.3 < (a[:, 0] > 0).float().mean() < 0.7
-
-
-def test_the_pull_is_towards_the_stored_actions():
-    agent = make_agent()
-    batch = filled(agent).sample(32)
-    losses = []
-    for beta in 0.0, 2.0:
-        torch.manual_seed(4)
-        loss, *_ = flow_sac.flow_actor_loss(agent.actor, agent.critic, batch, 0.1, 0.1, beta)
-        losses.append(loss)
-    torch.manual_seed(4)
-    a, *_ = agent.actor.sample(batch.obs, batch.z, batch.a_prev)
-    pull = (batch.weight * (a - batch.action).square().sum(-1)).sum()
-    torch.testing.assert_close(losses[1] - losses[0], 2 * pull)
-
-
-@pytest.mark.parametrize("num_envs", [1, 3])
-def test_demonstrations_are_rows_as_environments_hand_them_out(num_envs):
-    random, lengths, episodes = np.random.default_rng(0), [4, 1, 6], []
-    for length in lengths:
-        episode = {
-            k: random.random((length + 1, 2)) for k in ("observations", "critic_observations")
-        }
-        episode |= dict(actions=random.random((length, 1)), rewards=random.random(length))
-        episodes.append(episode | dict(terminations=np.arange(length) == length - 1))
-    rows = list(envs.demonstrations.rows(episodes, num_envs))
-    steps = sum(length + 1 for length in lengths) // num_envs
-    obs, _, actions, rewards, terminated, first = (np.stack(c).swapaxes(0, 1) for c in zip(*rows))
-    assert obs.shape == (num_envs, steps, 2)
-    together = np.concatenate([episode["observations"] for episode in episodes])
-    np.testing.assert_array_equal(obs.reshape(-1, 2), together[: num_envs * steps])
-    starts = np.cumsum([0, 5, 2])
-    assert np.flatnonzero(first.reshape(-1)).tolist() == starts.tolist()
-    finals = [start - 1 for start in [*starts[1:], 14] if start - 1 < num_envs * steps]
-    assert not actions.reshape(-1)[finals].any() and not rewards.reshape(-1)[finals].any()
-    assert np.flatnonzero(terminated.reshape(-1)).tolist() == [
-        f - 1 for f in [4, 6, 13] if f <= num_envs * steps
-    ]
-
-
-def test_a_run_stopped_offline_goes_on_offline(tmp_path, monkeypatch):
-    """It is evaluated when the updates on the demonstrations are done, and not before."""
-    monkeypatch.chdir(tmp_path)
-    torch.set_default_dtype(torch.float32)
-    log, update, returns = [], flow_sac.FlowSAC.update, envs.returns
-
-    def watched_update(agent, buffer, offline=False):
-        log.append("offline" if offline else "online")
-        if len(log) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        losses = update(agent, buffer, offline=offline)
-        assert ("losses/flow_matching_loss" in losses) == offline
-        return losses
-
-    def watched_returns(*args):
-        log.append("evaluation")
-        return returns(*args)
-
-    monkeypatch.setattr(flow_sac.FlowSAC, "update", watched_update)
-    monkeypatch.setattr(envs, "returns", watched_returns)
-    command = "flow_sac.py --demonstrations shipped:stochastic --offline-steps 7 --batch-size 8"
-    command += " --total-timesteps 6 --eval-episodes 1 --flow-width 8 --eval-frequency 1000"
-    monkeypatch.setattr("sys.argv", command.split())
-    with pytest.raises(SystemExit) as stop:
-        flow_sac.train(flow_sac.parse_args())
-    assert stop.value.code == 128 + signal.SIGTERM
-    (run,) = (tmp_path / "runs").iterdir()
-    monkeypatch.setattr("sys.argv", ["flow_sac.py", "--resume", str(run)])
-    flow_sac.train(flow_sac.parse_args())
-    assert log == 7 * ["offline"] + ["evaluation"] + 4 * ["online"] + ["evaluation"]

@@ -363,13 +363,13 @@ CLAIMS = {
     "flow": Claim(
         "Does the velocity of a flow policy matter, and does a flow, with the same critic?",
         {
+            "Flow-G, K = 4": "flow_sac.py",
             "Gaussian": "flow_sac.py --velocity none",
             "naive flow, K = 4": "flow_sac.py --velocity mlp",
-            "Flow-G, K = 4": "flow_sac.py",
-            "Flow-T, K = 4": "flow_sac.py --velocity flow_t",
-            "naive flow, K = 10": "flow_sac.py --velocity mlp --flow-steps 10",
+            "Flow-T, K = 4": "flow_sac.py --velocity flow_t --flow-width 96",
             "Flow-G, K = 10": "flow_sac.py --flow-steps 10",
-            "Flow-T, K = 10": "flow_sac.py --velocity flow_t --flow-steps 10",
+            "naive flow, K = 10": "flow_sac.py --velocity mlp --flow-steps 10",
+            "Flow-T, K = 10": "flow_sac.py --velocity flow_t --flow-width 96 --flow-steps 10",
         },
         [f"{FLOW} HalfCheetah-v4", f"{FLOW} Hopper-v4"],
         seeds=3,

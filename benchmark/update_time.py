@@ -62,8 +62,14 @@ METHODS = {  # {algorithm: {method: options, and the script}}
     | {f"BPTT, L = {n}": dict(name="bptt_ppo", sequence_length=n) for n in (16, 32, 64, 256)},
     "flow": {"Gaussian": dict(name="flow_sac", velocity="none")}
     | {
-        f"{label}, K = {n}": dict(name="flow_sac", velocity=velocity, flow_steps=n)
-        for label, velocity in (("naive", "mlp"), ("Flow-G", "flow_g"), ("Flow-T", "flow_t"))
+        f"{label}, K = {n}": dict(
+            name="flow_sac", velocity=velocity, flow_width=width, flow_steps=n
+        )
+        for label, velocity, width in (
+            ("naive", "mlp", 256),
+            ("Flow-G", "flow_g", 256),
+            ("Flow-T", "flow_t", 96),
+        )
         for n in (4, 10)
     },
 }

@@ -1,7 +1,7 @@
 """How noisy and how wrong the gradients of RP-PGM are, over the horizon of its unroll.
 
     python benchmark/model_gradients.py             # trains what is missing in --runs; an hour
-    python benchmark/model_gradients.py --draw      # the pictures again, from the CSVs
+    python benchmark/gradient_plots.py              # the pictures, from the CSVs
 
 Agents learn two tasks with and without spectral normalisation, and one of them with several c.
 Then, from states of their buffers, with networks held fixed and the noise of the policy:
@@ -26,8 +26,8 @@ width 256 and batch 256; the cases take turns. "uncached" normalises a weight in
 """
 
 import contextlib
-import csv
 import dataclasses
+import functools
 import subprocess
 import sys
 import time
@@ -35,7 +35,6 @@ from pathlib import Path
 from unittest import mock
 
 import gymnasium as gym
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
@@ -66,10 +65,9 @@ class Args:
     runs: str = "runs/model_gradients"  # folder of the runs; those that are finished stay
     samples: int = 256  # single gradients, for a variance
     means: int = 2048  # samples, for a relative variance
-    starts: int = 256  # unrolls in the simulator, for a bias
+    starts: int = 128  # unrolls in the simulator, for a bias
     rounds: int = 9  # of the timing
-    draw: bool = False  # only the pictures, from the CSVs
-    out: str = "benchmark/results/model_gradients"  # path of CSVs and pictures, without suffix
+    out: str = "benchmark/results"  # folder of the CSVs
 
 
 # --- the simulator in place of a model ------------------------------------------------------------
@@ -96,7 +94,8 @@ class Real:
     """Has the methods of rp_pgm.Model, for a function from a row (x, a) to a row (x', r)."""
 
     def __init__(self, transition):
-        self.transition = transition
+        known = functools.cache(lambda row: transition(np.frombuffer(row)))  # as horizons overlap
+        self.transition = lambda row: known(row.tobytes())
 
     def step(self, x, a):
         result = CentralDifferences.apply(torch.cat([x, a], -1), self.transition)
@@ -274,107 +273,6 @@ def speed(folder, args):
     return rows
 
 
-# --- pictures -------------------------------------------------------------------------------------
-
-STYLES = {  # (spectral norm, estimator): name, colour, line
-    ("none", "dp"): ("no SN", "#b5322a", "-"), ("both", "dp"): ("SN", "#20639b", "-"),
-    ("none", "dr"): ("no SN, DR", "#e08a7d", "--"), ("both", "dr"): ("SN, DR", "#7fb0d8", "--"),
-}  # fmt: skip
-PANELS = dict(
-    variance="total variance of a gradient", relative="variance / |mean gradient|²",
-    cosine="cosine with the true gradient",
-)  # fmt: skip
-
-
-def axes(panel, title, xlabel, ylabel):
-    panel.set_title(title, loc="left", fontsize=10)
-    panel.set(xlabel=xlabel, ylabel=ylabel)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(alpha=0.25)
-
-
-def horizon_axis(panel, horizons=HORIZONS):
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(horizons, [f"{h}" for h in horizons])
-    panel.set_xlim(horizons[0] / 1.1, 2.7 * horizons[-1])  # place for the labels of lines
-
-
-def label_ends(panel, ends):
-    """Names at the right ends of lines, [(x, y, name, colour)], moved apart."""
-    panel.figure.canvas.draw()
-    to_pixels, last = panel.transData.transform, -np.inf
-    for x, y, name, color in sorted(ends, key=lambda end: end[1]):
-        place = max(to_pixels((x, y))[1], last + 0.115 * panel.figure.dpi)
-        offset, last = (place - to_pixels((x, y))[1]) * 72 / panel.figure.dpi, place
-        panel.annotate(name, (x, y), (5, offset), textcoords="offset points", color=color,
-                       va="center", fontsize=8.5)  # fmt: skip
-
-
-def per_seed(rows, column, **values):
-    """[seeds, horizons] of a column, with the horizons."""
-    rows = [row for row in rows if values.items() <= row.items()]
-    seeds, horizons = (sorted({row[name] for row in rows}) for name in ("seed", "h"))
-    cells = {(row["seed"], row["h"]): row[column] for row in rows}
-    return horizons, np.array([[cells[seed, h] for h in horizons] for seed in seeds])
-
-
-def draw_horizons(rows, path):
-    tasks = list(dict.fromkeys(row["env_id"] for row in rows))
-    figure, panels = plt.subplots(
-        len(tasks), 3, figsize=(13, 3.9 * len(tasks)), layout="constrained", squeeze=False
-    )
-    for env_id, line in zip(tasks, panels):
-        for panel, (column, title) in zip(line, PANELS.items()):
-            ends, cos = [], column == "cosine"
-            for (norm, estimator), (name, color, dash) in STYLES.items():
-                case = dict(env_id=env_id, spectral_norm=norm, estimator=estimator, sn_coef=1)
-                h, values = per_seed(rows, column, **case)
-                mean = values.mean(0) if cos else np.exp(np.log(values).mean(0))
-                panel.plot(h, mean, dash, marker="o", ms=4, color=color)
-                panel.fill_between(h, values.min(0), values.max(0), color=color, alpha=0.13, lw=0)
-                ends.append((h[-1], mean[-1], name, color))
-            axes(panel, f"{env_id}: {title}", "horizon h", "")
-            horizon_axis(panel)
-            panel.set_yscale("linear" if cos else "log")
-            if cos:
-                panel.axhline(0, color="grey", lw=0.8)
-            label_ends(panel, ends)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def draw_price(rows, times, path):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    env_id = rows[0]["env_id"]
-    rows = [r for r in rows if (r["env_id"], r["h"], r["estimator"]) == (env_id, 8, "dp")]
-    for norm, c in sorted({(row["spectral_norm"], row["sn_coef"]) for row in rows}):
-        case = [row for row in rows if (row["spectral_norm"], row["sn_coef"]) == (norm, c)]
-        x, y = (np.array([row[name] for row in case]) for name in ("model_error", "variance"))
-        color, name = STYLES[norm, "dp"][1], f"c = {c:g}" if norm == "both" else "no SN"
-        left.scatter(x, y, s=14, color=color, alpha=0.4, lw=0)
-        x, y = (np.exp(np.log(values).mean()) for values in (x, y))
-        left.scatter(x, y, s=55, color=color)
-        left.annotate(name, (x, y), (7, 5), textcoords="offset points", color=color, fontsize=9)
-    left.set(xscale="log", yscale="log")
-    axes(left, f"{env_id}, h = 8: variance and the model's error", "one-step error of the model",
-         PANELS["variance"])  # fmt: skip
-    ends = []
-    for case, name, color, dash in [
-        ("none", "no SN", "#b5322a", "-"), ("both", "SN", "#20639b", "-"),
-        ("uncached", "SN, not cached", "#20639b", ":"),
-    ]:  # fmt: skip
-        line = [row for row in times if row["case"] == case and row["h"] > 0]
-        x, y = ([row[name] for row in line] for name in ("h", "cpu_ms"))
-        right.plot(x, y, dash, marker="o", ms=4, color=color)
-        ends.append((x[-1], y[-1], name, color))
-    right.set_yscale("log")
-    axes(right, "an actor's step", "horizon h", "CPU milliseconds")
-    horizon_axis(right)
-    label_ends(right, ends)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 # --- the program ----------------------------------------------------------------------------------
 
 
@@ -404,33 +302,18 @@ def write(path, rows):
     write_csv(path, [*rows[0], *machine], cells)
 
 
-def read(path):
-    """Rows, with numbers where cells are numbers."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        for name, cell in row.items():
-            with contextlib.suppress(ValueError):
-                row[name] = float(cell)
-    return rows
-
-
 def main(args: Args):
     torch.set_num_threads(1)
-    table, times = Path(f"{args.out}.csv"), Path(f"{args.out}_speed.csv")
-    if not args.draw:
-        cases = [(env_id, norm, 1.0) for env_id in args.env_ids for norm in ("none", "both")]
-        cases += [(args.env_ids[0], "both", coef) for coef in args.coefs]
-        rows = []
-        for *case, coef in cases:
-            what = (HORIZONS, ("dp", "dr")) if coef == 1 else ((8,), ("dp",))
-            for seed in args.seeds:
-                folder = trained_model(args.runs, *case, coef, seed, args.total_timesteps)
-                rows += measure(folder, args, *what)
-                write(table, rows)
-        write(times, speed(folder, args))
-    draw_horizons(read(table), f"{args.out}.png")
-    draw_price(read(table), read(times), f"{args.out}_price.png")
+    cases = [(env_id, norm, 1.0) for env_id in args.env_ids for norm in ("none", "both")]
+    cases += [(args.env_ids[0], "both", coef) for coef in args.coefs]
+    rows = []
+    for *case, coef in cases:
+        what = (HORIZONS, ("dp", "dr")) if coef == 1 else ((8,), ("dp",))
+        for seed in args.seeds:
+            folder = trained_model(args.runs, *case, coef, seed, args.total_timesteps)
+            rows += measure(folder, args, *what)
+            write(Path(args.out, "model_gradients.csv"), rows)
+    write(Path(args.out, "model_gradients_speed.csv"), speed(folder, args))
 
 
 if __name__ == "__main__":

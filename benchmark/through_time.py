@@ -1,7 +1,7 @@
 """How a gradient grows with the steps that it passes through: BPTT, flows, models, and S2PG.
 
     python benchmark/through_time.py            # trains what is missing in --runs; half an hour
-    python benchmark/through_time.py --draw     # the picture again, from the CSV
+    python benchmark/gradient_plots.py          # the picture, from the CSV
 
 Of trained networks, with critics, states and noise as in their training, the gradient of Q with
 respect to what the network had computed k steps before, g_k [B, .]:
@@ -21,7 +21,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
@@ -34,7 +33,7 @@ import evaluate
 import flow_sac
 import rp_pgm
 from benchmark import model_gradients
-from benchmark.model_gradients import axes, label_ends, read, trained, write
+from benchmark.model_gradients import trained, write
 
 ROWS, STEPS, UNROLL = 32, 16, 16  # of BPTT, of the flow, of the model
 COMMON = dict(
@@ -45,15 +44,6 @@ BPTT = COMMON | dict(
     hide="velocities", rnn="gru", state_dim=32, sequence_length=ROWS, loss_on="all"
 )
 FLOW = COMMON | dict(state_dim=0, flow_steps=STEPS, flow_width=128, critic="target")
-LINES = {  # what is drawn: name, colour, line
-    "bptt_sac, at first": ("BPTT, at init", "#8e6bbf", ":"),
-    "bptt_sac": ("BPTT", "#6a3d9a", "-"),
-    "flow mlp": ("flow, naive", "#d98c21", "-"),
-    "flow flow_g": ("Flow-G", "#8a6d1a", "-"),
-    "flow flow_t": ("Flow-T", "#c9b458", "-"),
-    "model none": ("model, no SN", "#b5322a", "-"),
-    "model both": ("model, SN", "#20639b", "-"),
-}
 
 
 @dataclasses.dataclass
@@ -63,8 +53,6 @@ class Args:
     runs: str = "runs/through_time"  # folder of the runs; those that are finished stay
     models: str = "runs/model_gradients"  # those of model_gradients.py
     samples: int = 256  # of a gradient
-    draw: bool = False  # only the picture, from the CSV
-    out: str = "docs/gradients_through_time.png"
     csv: str = "benchmark/results/through_time.csv"
 
 
@@ -193,41 +181,14 @@ def measure(args, seed):
     return rows
 
 
-def draw(rows, path):
-    """Norms and variances over those at k = 0: means over seeds, and the range."""
-    figure, panels = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    titles = dict(norm="norm of the gradient", variance="its variance over samples")
-    for panel, (column, title) in zip(panels, titles.items()):
-        ends = []
-        for method, (name, color, dash) in LINES.items():
-            found = [row for row in rows if row["method"] == method]
-            seeds = sorted({row["seed"] for row in found})
-            values = np.array([[r[column] for r in found if r["seed"] == seed] for seed in seeds])
-            values = np.log(values / values[:, :1])
-            k, mean = range(values.shape[1]), np.exp(values.mean(0))
-            panel.plot(k, mean, dash, color=color)
-            low, high = np.exp(values.min(0)), np.exp(values.max(0))
-            panel.fill_between(k, low, high, color=color, alpha=0.12, lw=0)
-            ends.append((k[-1], mean[-1], name, color))
-        panel.plot([0, ROWS - 1], [1, 1], color="black", lw=1)
-        ends.append((ROWS - 1, 1, "S2PG: one step", "black"))
-        axes(panel, f"{title}, over that at k = 0", "steps k that it passes through", "")
-        panel.set(yscale="log", xlim=(0, 1.3 * ROWS))
-        label_ends(panel, ends)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def main(args: Args):
     torch.set_num_threads(1)
-    if not args.draw:
-        rows = []
-        for name, k, measured, exact in known():
-            rows.append(dict(method=name, seed=0, k=k, norm=measured, variance=0.0, exact=exact))
-        for seed in args.seeds:
-            rows += measure(args, seed)
-        write(Path(args.csv), rows)
-    draw(read(args.csv), args.out)
+    rows = []
+    for name, k, measured, exact in known():
+        rows.append(dict(method=name, seed=0, k=k, norm=measured, variance=0.0, exact=exact))
+    for seed in args.seeds:
+        rows += measure(args, seed)
+    write(Path(args.csv), rows)
 
 
 if __name__ == "__main__":

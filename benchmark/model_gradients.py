@@ -63,8 +63,8 @@ class Args:
     seeds: tuple[int, ...] = (1, 2, 3)
     coefs: tuple[float, ...] = (1.5, 2.0, 3.0)  # c of more runs of the first task, at h = 8
     runs: str = "runs/model_gradients"  # folder of the runs; those that are finished stay
-    samples: int = 256  # single gradients, for a variance
-    means: int = 2048  # samples, for a relative variance
+    samples: int = 128  # single gradients, for a variance
+    means: int = 1024  # samples, for a relative variance
     starts: int = 128  # unrolls in the simulator, for a bias
     rounds: int = 9  # of the timing
     out: str = "benchmark/results"  # folder of the CSVs

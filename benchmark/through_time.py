@@ -35,20 +35,18 @@ import rp_pgm
 from benchmark import model_gradients
 from benchmark.model_gradients import trained, write
 
-ROWS, STEPS, UNROLL = 32, 16, 16  # of BPTT, of the flow, of the model
+ROWS, STEPS, UNROLL = 32, 8, 16  # of BPTT, of the flow, of the model
 COMMON = dict(
     env_id="HalfCheetah-v4", learning_starts=1000, gamma=0.99, tau=0.005, actor_lr=3e-4,
-    critic_lr=1e-3, alpha=1.0, alpha_lr=1e-3, batch_size=128, eval_frequency=0,
+    critic_lr=1e-3, alpha=1.0, alpha_lr=1e-3, eval_frequency=0,
 )  # fmt: skip
-BPTT = COMMON | dict(
-    hide="velocities", rnn="gru", state_dim=32, sequence_length=ROWS, loss_on="all"
-)
-FLOW = COMMON | dict(state_dim=0, flow_steps=STEPS, flow_width=128, critic="target")
+BPTT = COMMON | dict(hide="velocities", sequence_length=ROWS, loss_on="all", batch_size=256)
+FLOW = COMMON | dict(state_dim=0, flow_steps=STEPS, flow_width=64, batch_size=64)
 
 
 @dataclasses.dataclass
 class Args:
-    total_timesteps: int = 2500  # of training, the first 1000 random
+    total_timesteps: int = 2000  # of training, the first 1000 random
     seeds: tuple[int, ...] = (1, 2, 3)
     runs: str = "runs/through_time"  # folder of the runs; those that are finished stay
     models: str = "runs/model_gradients"  # those of model_gradients.py

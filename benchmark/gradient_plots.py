@@ -20,7 +20,7 @@ STYLES = {  # (spectral norm, estimator): name, colour, line
 }  # fmt: skip
 PANELS = dict(
     variance="total variance of a gradient", relative="variance / |mean gradient|²",
-    cosine="cosine with the true gradient",
+    cosine="cosine with the true gradient", cosine_return="cosine with that of the true $J_{32}$",
 )  # fmt: skip
 
 
@@ -59,11 +59,11 @@ def per_seed(rows, column, **values):
 def draw_horizons(rows, path):
     tasks = list(dict.fromkeys(row["env_id"] for row in rows))
     figure, panels = plt.subplots(
-        len(tasks), 3, figsize=(13, 3.9 * len(tasks)), layout="constrained", squeeze=False
+        len(tasks), 4, figsize=(16, 3.9 * len(tasks)), layout="constrained", squeeze=False
     )
     for env_id, line in zip(tasks, panels):
         for panel, (column, title) in zip(line, PANELS.items()):
-            ends, cos = [], column == "cosine"
+            ends, cos = [], column.startswith("cosine")
             for (norm, estimator), (name, color, dash) in STYLES.items():
                 case = dict(env_id=env_id, spectral_norm=norm, estimator=estimator, sn_coef=1)
                 h, values = per_seed(rows, column, **case)

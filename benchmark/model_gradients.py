@@ -1,7 +1,7 @@
 """How noisy and how wrong the gradients of RP-PGM are, over the horizon of its unroll.
 
-    python benchmark/model_gradients.py             # trains what is missing in --runs; an hour
-    python benchmark/gradient_plots.py              # the pictures, from the CSVs
+    python benchmark/model_gradients.py     # trains and measures what is missing; an hour
+    python benchmark/gradient_plots.py      # the pictures, from the CSVs
 
 Agents learn two tasks with and without spectral normalisation, and one of them with several c.
 Then, from states of their buffers, with networks held fixed and the noise of the policy:
@@ -26,8 +26,10 @@ width 256 and batch 256; the cases take turns. "uncached" normalises a weight in
 """
 
 import contextlib
+import csv
 import dataclasses
 import functools
+import itertools
 import subprocess
 import sys
 import time
@@ -293,27 +295,34 @@ def trained_model(runs, env_id, norm, coef, seed, total_timesteps=3500):
     return trained(runs, "rp_pgm", TRAINING | options)
 
 
-def write(path, rows):
-    """A CSV, with what it was measured with."""
+def with_origin(rows):
+    """Rows with what they were measured with, and floats of five digits."""
     machine = sweep.machine(cuda=False)
     machine["versions"] = " ".join(f"{k}={v}" for k, v in machine["versions"].items())
-    cells = [[*row.values(), *machine.values()] for row in rows]
-    cells = [[f"{v:.5g}" if isinstance(v, float) else v for v in row] for row in cells]
-    write_csv(path, [*rows[0], *machine], cells)
+    rows = [row | machine for row in rows]
+    return [{k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows]
+
+
+def write(path, rows):
+    write_csv(path, list(rows[0]), [list(row.values()) for row in rows])
 
 
 def main(args: Args):
     torch.set_num_threads(1)
+    table, rows = Path(args.out, "model_gradients.csv"), []
+    if table.exists():
+        rows = list(csv.DictReader(table.read_text().splitlines()))
+    names = "env_id", "spectral_norm", "sn_coef", "seed"
+    done = {tuple(row[name] for name in names) for row in rows}
     cases = [(env_id, norm, 1.0) for env_id in args.env_ids for norm in ("none", "both")]
     cases += [(args.env_ids[0], "both", coef) for coef in args.coefs]
-    rows = []
-    for *case, coef in cases:
-        what = (HORIZONS, ("dp", "dr")) if coef == 1 else ((8,), ("dp",))
-        for seed in args.seeds:
-            folder = trained_model(args.runs, *case, coef, seed, args.total_timesteps)
-            rows += measure(folder, args, *what)
-            write(Path(args.out, "model_gradients.csv"), rows)
-    write(Path(args.out, "model_gradients_speed.csv"), speed(folder, args))
+    for seed, (*case, coef) in itertools.product(args.seeds, cases):
+        folder = trained_model(args.runs, *case, coef, seed, args.total_timesteps)
+        if (*case, f"{coef:g}", str(seed)) not in done:
+            what = (HORIZONS, ("dp", "dr")) if coef == 1 else ((8,), ("dp",))
+            rows += with_origin(measure(folder, args, *what))
+            write(table, rows)
+    write(Path(args.out, "model_gradients_speed.csv"), with_origin(speed(folder, args)))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import evaluate
 import flow_sac
 import rp_pgm
 from benchmark import model_gradients
-from benchmark.model_gradients import trained, write
+from benchmark.model_gradients import trained, with_origin, write
 
 ROWS, STEPS, UNROLL = 32, 8, 16  # of BPTT, of the flow, of the model
 COMMON = dict(
@@ -186,7 +186,7 @@ def main(args: Args):
         rows.append(dict(method=name, seed=0, k=k, norm=measured, variance=0.0, exact=exact))
     for seed in args.seeds:
         rows += measure(args, seed)
-    write(Path(args.csv), rows)
+    write(Path(args.csv), with_origin(rows))
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ LINES = {  # what is drawn: name, colour, line
 
 def draw_through_time(rows, path):
     """Norms and variances over those at k = 0: means over seeds, and the range."""
-    figure, panels = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
     titles = dict(norm="norm of the gradient", variance="its variance over samples")
     for panel, (column, title) in zip(panels, titles.items()):
         ends = []
@@ -145,8 +145,23 @@ def draw_through_time(rows, path):
         axes(panel, f"{title}, over that at k = 0", "steps k that it passes through", "")
         panel.set(yscale="log", xlim=(0, 1.3 * ROWS))
         label_ends(panel, ends)
+    draw_known([row for row in rows if row["exact"] != ""], panels[2])
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def draw_known(rows, panel):
+    ends, names = [], list(dict.fromkeys(row["method"] for row in rows))
+    for i, name in enumerate(names):
+        k, exact, norm = zip(
+            *((r["k"], r["exact"], r["norm"]) for r in rows if r["method"] == name)
+        )
+        panel.plot(k, exact, color=f"C{i}", lw=1)
+        panel.plot(k[::2], norm[::2], "o", ms=3.5, color=f"C{i}")
+        ends.append((k[-1], exact[-1], name, f"C{i}"))
+    axes(panel, "known slopes: lines exact, dots measured", "steps k that it passes through", "")
+    panel.set(yscale="log", xlim=(0, 1.4 * ROWS), ylim=(1e-5, 1e2))
+    label_ends(panel, [end for end in ends if end[1] > 1e-5])
 
 
 def read(path):

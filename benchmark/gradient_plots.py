@@ -45,7 +45,8 @@ def label_ends(panel, ends):
         place = max(to_pixels((x, y))[1], last + 0.115 * panel.figure.dpi)
         offset, last = (place - to_pixels((x, y))[1]) * 72 / panel.figure.dpi, place
         panel.annotate(name, (x, y), (5, offset), textcoords="offset points", color=color,
-                       va="center", fontsize=8.5)  # fmt: skip
+                       va="center", fontsize=8.5, bbox=dict(fc="white", lw=0, alpha=0.7, pad=0.5),
+                       zorder=5)  # fmt: skip
 
 
 def per_seed(rows, column, **values):

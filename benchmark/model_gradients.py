@@ -34,6 +34,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import gymnasium as gym
@@ -249,14 +250,17 @@ def measure(folder, args, horizons, estimators):
     return rows
 
 
-def speed(folder, args):
+def speed(args):
     """Rows of the CSV of speed: medians over rounds, and of their ratios within a round."""
-    agent, buffer = load(folder)
-    env, norms = rp_pgm.make_env(agent.args, 1), dict(none="none", both="both", uncached="both")
-    agents = {
-        name: rp_pgm.Agent(dataclasses.replace(agent.args, spectral_norm=norm, width=256), env, CPU)
-        for name, norm in norms.items()
-    }
+    boxes = [gym.spaces.Box(-1, 1, (size,)) for size in (17, 6)]  # those of HalfCheetah
+    env = SimpleNamespace(single_observation_space=boxes[0], single_action_space=boxes[1])
+    buffer = rp_pgm.SegmentBuffer(1000, 1, 17, 6, CPU)
+    buffer.rows[:, :-2].uniform_(-0.9, 0.9)  # one episode, which goes on
+    buffer.steps += 1000
+    agents, norms = {}, dict(none="none", both="both", uncached="both")
+    for name, norm in norms.items():
+        options = rp_pgm.Args(**TRAINING | dict(spectral_norm=norm, width=256))
+        agents[name] = rp_pgm.Agent(options, env, CPU)
     rows, took = [], {(name, h): [] for h in HORIZONS for name in agents}
     for _ in range(args.rounds + 1):
         for (name, h), times in took.items():
@@ -322,7 +326,7 @@ def main(args: Args):
             what = (HORIZONS, ("dp", "dr")) if coef == 1 else ((8,), ("dp",))
             rows += with_origin(measure(folder, args, *what))
             write(table, rows)
-    write(Path(args.out, "model_gradients_speed.csv"), with_origin(speed(folder, args)))
+    write(Path(args.out, "model_gradients_speed.csv"), with_origin(speed(args)))
 
 
 if __name__ == "__main__":

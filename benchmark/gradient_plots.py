@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 HORIZONS, ROWS = (1, 2, 4, 8, 16), 32
 STYLES = {  # (spectral norm, estimator): name, colour, line
@@ -35,6 +36,13 @@ def horizon_axis(panel, horizons=HORIZONS):
     panel.set_xscale("log", base=2)
     panel.set_xticks(horizons, [f"{h}" for h in horizons])
     panel.set_xlim(horizons[0] / 1.1, 2.7 * horizons[-1])  # place for the labels of lines
+
+
+def plain_numbers(axis):
+    """1, 2, 5, 10, ... on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def label_ends(panel, ends):
@@ -94,7 +102,7 @@ def draw_price(rows, times, path):
         x, y = (np.exp(np.log(values).mean()) for values in (x, y))
         left.scatter(x, y, s=55, color=color)
         left.annotate(name, (x, y), (7, 5), textcoords="offset points", color=color, fontsize=9)
-    left.set(xscale="log", yscale="log")
+    left.set(xscale="log", yscale="log", xlim=(0.06, 0.8))
     axes(left, f"{env_id}, h = 8: variance and the model's error", "one-step error of the model",
          PANELS["variance"])  # fmt: skip
     ends = []
@@ -107,6 +115,8 @@ def draw_price(rows, times, path):
         right.plot(x, y, dash, marker="o", ms=4, color=color)
         ends.append((x[-1], y[-1], name, color))
     right.set_yscale("log")
+    for axis in (left.xaxis, left.yaxis, right.yaxis):
+        plain_numbers(axis)
     axes(right, "an actor's step", "horizon h", "CPU milliseconds")
     horizon_axis(right)
     label_ends(right, ends)

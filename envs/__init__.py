@@ -20,10 +20,13 @@ from gymnasium.envs.mujoco import MujocoEnv
 
 from envs.errors import UsageError
 from envs.mujoco import HIDE, RandomBodies, Wind, policy_mask
-from envs.vector import evaluate, returns, views
+from envs.vector import EndlessEpisode, Together, evaluate, literals, returns, views
 from envs.wrappers import Checked, PolicyAndCritic, Quiet, Split, UnitActions, check_actions
 
-__all__ = ["UsageError", "evaluate", "make", "make_vec", "returns", "views"]
+__all__ = [
+    "EndlessEpisode", "Together", "UsageError", "evaluate", "literals", "make", "make_vec",
+    "returns", "views",
+]  # fmt: skip
 
 for task in ("PointMassMemory", "PointMassDoor"):
     gym.register(f"{task}-v0", f"envs.memory:{task}", max_episode_steps=1000)
@@ -124,7 +127,7 @@ def make(
 
 def make_vec(
     env_id: str, num_envs: int = 1, *, video_folder: str | None = None, **options
-) -> gym.vector.VectorEnv:
+) -> Together:
     """`num_envs` environments of `make(env_id, **options)`, stepped together, one row a step.
 
     Actions lie in [-1, 1]. An episode of T steps fills T + 1 rows: the step after its last one
@@ -140,7 +143,7 @@ def make_vec(
         raise UsageError(f"num_envs is a whole number of at least 1, not {num_envs!r}.")
     makers = [functools.partial(_make_one, env_id, None, options) for _ in range(num_envs)]
     makers[0] = functools.partial(_make_one, env_id, video_folder, options)
-    env = gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+    env = Together(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     env.critic_sees_more = env.get_attr("critic_sees_more")[0]
     return env
 

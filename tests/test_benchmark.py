@@ -93,7 +93,7 @@ def test_a_method_overrides_its_task_and_claims_share_runs():
     assert [(args.hide, args.seed, args.cuda) for args in everything] == [("none", 3, False)] * 3
     whole = args_of("cue_recall", methods=["BPTT-SAC, L = the horizon"], seeds=(1,))
     assert [args.sequence_length for args in whole] == [20, 100, 300, 1000]
-    assert all(args.env_kwargs == {"wind": True} for args in args_of("ppo_in_wind", seeds=(1,)))
+    assert all(args.env_kwargs == [("wind", "True")] for args in args_of("ppo_in_wind", seeds=(1,)))
     assert args_of("td3", cuda=True)[0].cuda
     folders = {name: {run.folder for run in sweep.runs_of(CLAIMS[name], "out")} for name in CLAIMS}
     assert len(folders["state_size"] & folders["cells"]) == 3  # 32 units of a GRU, three seeds

@@ -17,6 +17,7 @@ import numpy as np
 
 from envs.errors import UsageError
 from envs.mujoco import RandomBodies, Wind
+from envs.vector import literals
 from envs.wrappers import PolicyAndCritic, UnitActions
 
 __all__ = ["load", "save"]
@@ -254,7 +255,7 @@ def _variant_of(options, env_id):
     usual = gym.spec(env_id).kwargs | dict(wind=False, random_bodies=False)
     return {
         name: value
-        for name, value in (older | options["env_kwargs"]).items()
+        for name, value in (older | literals(options["env_kwargs"])).items()
         if name not in SAME_TASK and (name, value) not in usual.items()
     }
 

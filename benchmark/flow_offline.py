@@ -163,13 +163,9 @@ def offline(args, run_dir, agent, buffer, env, step, seconds):
                 writer.add_scalar(f"offline_{name}", value, step)
         if step % args.checkpoint_frequency == 0:
             flow_sac.save_checkpoint(run_dir, agent, buffer, global_step=step, seconds=seconds)
-    if step == 0 and args.eval_frequency:
-        result = envs.returns(agent.actor, env, args.eval_episodes, args.seed, step)
-        for name, value in result.items():
-            writer.add_scalar(f"eval/{name}", value, step)
-        means = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
-        bar.write(f"step {step}: {means}")
     flow_sac.save_checkpoint(run_dir, agent, buffer, global_step=step, seconds=seconds)
+    if step == 0 and args.eval_frequency and args.eval_episodes:
+        env.score(agent, args.eval_episodes, args.seed, writer, step)
     bar.close()
     writer.close()
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -192,7 +188,7 @@ def train(args):
 
     def prepare(run_dir, agent, buffer):
         """What `train` calls to resume; there is no checkpoint yet where the data come first."""
-        env = flow_sac.make_env(args, min(args.eval_episodes, 8))
+        env = flow_sac.make_env(args, max(1, min(args.eval_episodes, 8)))
         fill(buffer, args, env)
         step, seconds, begins = -args.offline_steps, 0.0, not (run_dir / "checkpoint.pt").exists()
         if not begins:
@@ -224,9 +220,7 @@ def parse_args():
             Args(**options)
         except (OSError, ValueError, TypeError, KeyError) as error:
             sys.exit(f"{asked.resume} is no run of this script: {error!r}")
-    args = tyro.cli(Args, default=Args(**options | dict(env_kwargs={})), description=__doc__)
-    args.env_kwargs = asked.env_kwargs or options.get("env_kwargs", {})
-    return args
+    return tyro.cli(Args, default=Args(**options), description=__doc__)
 
 
 if __name__ == "__main__":

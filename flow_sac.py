@@ -20,7 +20,7 @@ v sees the internal state of s2pg_sac.py, too: compare by diff.
     python flow_sac.py --env-id HalfCheetah-v4
     python flow_sac.py --env-id Hopper-v4 --state-dim 32 --hide velocities
     python flow_sac.py --env-id Ant-v4 --critic crossq --policy-frequency 3 --flow-width 512 \
-        --batch-size 512 --learning-starts 50000 --alpha 0.2 --adam-beta1 0.5
+        --batch-size 512 --learning-starts 50000 --adam-beta1 0.5
 """
 
 import json
@@ -60,7 +60,7 @@ class Args:
     actor_lr: float = 3e-4  # learning rate of the actor
     critic_lr: float = 1e-3  # learning rate of the critic
     adam_beta1: float = 0.9  # momentum of Adam, in [0, 1)
-    alpha: float = 1.0  # initial temperature of the action
+    alpha: float = 0.2  # initial temperature of the action
     alpha_lr: float = 1e-3  # learning rate of log alpha; target entropy 0, -|A| for a Gaussian
     alpha_z: float = 0.01  # initial temperature of the internal state
     alpha_z_lr: float = 3e-4  # learning rate of log alpha_z
@@ -81,6 +81,7 @@ class Args:
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
     eval_episodes: int = 5  # of each kind, noise-free and stochastic; 0: no second environment
+    track: bool = False  # log to Weights and Biases, too, in the project $WANDB_PROJECT
     cuda: bool = True  # use a CUDA card where there is one
     num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
@@ -599,6 +600,10 @@ def train(args):
     first_update = global_step + max(0, args.learning_starts - int(buffer.steps) * args.num_envs)
     if args.total_timesteps <= first_update:
         sys.exit(f"no update before step {first_update}: raise --total-timesteps")
+    if args.track:
+        import wandb
+
+        wandb.init(config=vars(args), id=run_dir.name[-64:], resume="allow", sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(run_dir / "lock", is_singleton=True).acquire(timeout=0)  # noqa: F841

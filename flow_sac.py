@@ -14,8 +14,7 @@ A residual recurrent network: dQ/dx_0 is dQ/dx_K times K Jacobians. Two velociti
     mlp      v is any network, the naive flow
     none     one Gaussian step from 0: SAC, whose Q gets a_prev, too
 
---critic crossq, as published, has batch renormalisation and no target networks. With --state-dim,
-v sees the internal state of s2pg_sac.py, too: compare by diff.
+--critic crossq is the published one. With --state-dim v sees s2pg_sac.py's internal state, too.
 
     python flow_sac.py --env-id HalfCheetah-v4
     python flow_sac.py --env-id Hopper-v4 --state-dim 32 --hide velocities

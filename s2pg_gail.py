@@ -1,9 +1,8 @@
 """S2PG-GAIL: generative adversarial imitation with a stochastic stateful policy.
 
-Ho, Ermon, "Generative Adversarial Imitation Learning", 2016, with the policy of Al-Hafez, Zhao,
-Peters, Tateo, "Time-Efficient Reinforcement Learning with Stochastic Stateful Policies", ICLR 2024,
-arXiv 2311.04082. A discriminator D learns to tell the expert's (s, a) from the policy's, S2PG-PPO
-learns from its reward. The policy sees o and has an internal state z, which D never sees:
+Ho, Ermon, "Generative Adversarial Imitation Learning", 2016, with the policy of S2PG-PPO. A
+discriminator D learns to tell the expert's (s, a) from the policy's, and the policy learns from its
+reward. The policy sees o and has an internal state z, which D never sees:
 
     discriminator  L(D) = E_expert[-log D] + E_policy[-log(1 - D)] - c H(D), over (s, a)
     reward         r    = -log(1 - D + 1e-8), or with --reward airl log D - log(1 - D)
@@ -11,13 +10,12 @@ learns from its reward. The policy sees o and has an internal state z, which D n
     policy, value  as in s2pg_ppo.py: PPO's with rho the ratio of (a, z') jointly
 
 -log(1 - D) is never negative, so ending an episode would be a loss whatever the expert does. So the
-end of an episode is a state as well, which is never left, and D judges it, too, as one of the
-1 / (1 - gamma) steps for which it stands (Kostrikov et al., "Discriminator-Actor-Critic", 2019).
-The task's reward is logged, and never learned from. Compare s2pg_ppo.py by diff.
+end of an episode is a state as well, which is never left, and D judges it, too, as one of the steps
+for which it stands, 1 / (1 - gamma) (Kostrikov et al., "Discriminator-Actor-Critic", 2019). The
+task's reward is logged, and never learned from. Compare s2pg_ppo.py by diff.
 
     python s2pg_gail.py --env-id InvertedPendulum-v4 --total-timesteps 100000
     python s2pg_gail.py --env-id Hopper-v4 --demonstrations expert.npz --bc-steps 2000
-    python evaluate.py runs/RUN --episodes 20 --capture-video
 """
 
 import json
@@ -41,18 +39,18 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, a task of `envs`, or yours: module:Id-v0
+    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, or yours: module:Id-v0
     env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the task: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # from the policy, in MuJoCo tasks
     privileged_critic: bool = True  # critic and discriminator see the whole state
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
 
-    demonstrations: str | None = None  # FILE.npz, minari:NAME, or shipped:stochastic; else shipped
+    demonstrations: str | None = None  # FILE.npz, minari:NAME, or shipped:stochastic
     demonstration_episodes: int | None = None  # the first of them; else all
     bc_steps: int = 0  # of behaviour cloning before everything else
     reward: Literal["gail", "airl"] = "gail"  # -log(1 - D + 1e-8), or log D - log(1 - D)
-    absorbing: bool = True  # the end of an episode is a state that goes on; otherwise worth 0
+    absorbing: bool = True  # what comes after an end goes on; otherwise worth 0
     discriminator_lr: float = 3e-4  # learning rate of the discriminator
     discriminator_steps: int = 3  # its gradient steps after each rollout (published: 1 of 3)
     discriminator_entropy: float = 1e-3  # weight c of its entropy
@@ -65,8 +63,8 @@ class Args:
     gamma: float = 0.99  # discount, in [0, 1)
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimates, in [0, 1]
     norm_adv: bool = True  # normalise the advantages of a rollout
-    clip_coef: float = 0.2  # eps, how far rho may leave 1; with --clip-vloss also V its old value
-    clip_vloss: bool = False  # V moves by at most eps standard deviations of the returns
+    clip_coef: float = 0.2  # eps, how far rho may leave 1, and V with --clip-vloss
+    clip_vloss: bool = False  # V moves by at most eps stds of the returns
     ent_coef: float = 0.0  # weight of the entropy of (a, z')
     vf_coef: float = 0.5  # weight of the loss of V
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
@@ -74,17 +72,17 @@ class Args:
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
-    std: float = 0.5  # standard deviation of a at the start; a is clipped to [-1, 1]
+    std: float = 0.5  # initial std of a, which is clipped to [-1, 1]
     std_z: float = 0.1  # that of z'; with less noise rho leaves 1 sooner
     memoryless: bool = False  # no internal state: plain GAIL, where V still gets a_prev
 
     seed: int = 1  # of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    resume: str | None = None  # folder of a run to continue, with its options and those given here
+    resume: str | None = None  # folder of a run to go on with, and with its options
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
-    eval_episodes: int = 5  # of each kind, noise-free and stochastic; 0: no second environment
-    track: bool = False  # log to Weights and Biases, too, in the project $WANDB_PROJECT
+    eval_episodes: int = 5  # and as many noise-free; 0: no second environment
+    track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
     cuda: bool = True  # use a CUDA card where there is one
     num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products

@@ -1,11 +1,9 @@
 """S2PG-LSIQ: least-squares inverse Q-learning with a stochastic stateful policy.
 
 Al-Hafez, Tateo, Arenz, Zhao, Peters, "LS-IQ: Implicit Reward Regularization for Inverse
-Reinforcement Learning", ICLR 2023, with the policy of "Time-Efficient Reinforcement Learning with
-Stochastic Stateful Policies", ICLR 2024, arXiv 2311.04082. There is no reward and no
-discriminator: the critic of S2PG-SAC is driven to r_max = 1/c a step where the expert is, and to
-r_min = -1/c where the policy is. The expert may have seen all of s, the policy sees o. The internal
-state along the demonstrations is the policy's, rolled once, then refreshed like the replay buffer.
+Reinforcement Learning", ICLR 2023, with the policy of S2PG-SAC. Two critics Q(s, a, z') are driven
+to r_max = 1/c a step where the expert is, and to r_min = -1/c where the policy is. The internal
+state along the demonstrations is the policy's, refreshed like that of the replay buffer.
 
     bootstrap  y = gamma (1 - d) clip(V', Q_min, Q_max), with Q_max = 1/(c (1 - gamma)) = -Q_min
                V' = min_i Q'_i(s', a'', z'') - alpha log pi_a(a'' | o', z', a)
@@ -13,19 +11,11 @@ state along the demonstrations is the policy's, rolled once, then refreshed like
     iq_like    L(Q) = E_policy[Q - y] - E_expert[Q - y] + c E[(Q - y)^2], the last over both
     actor      as in s2pg_sac.py, on states of the policy and of the expert
 
-for each of the two Q(s, a, z'). A terminated episode stays in an absorbing state for ever:
-there sqil_like has r_min / (1 - gamma) for r_min, and iq_like (1 - gamma) (Q - y)^2 for the square.
-The task's reward is logged, and no part of the algorithm sees it. Compare with s2pg_sac.py by diff.
-
-Unlike in the published runs, there are two critics and their minimum, without z; the actor sees
-a_prev and learns from the first update on; temperatures follow the entropy on rows of both, and
-keep the policy noisy. From an expert without noise the critic can tell such a policy by its noise
-alone, and the policy's Q sinks for as long as the critic learns: try low temperatures then,
---alpha .001 --alpha-lr 0 --alpha-z .001 --alpha-z-lr 0.
+A terminated episode stays in an absorbing state for ever: there sqil_like has r_min / (1 - gamma),
+and iq_like (1 - gamma) (Q - y)^2. The task's reward is logged, and never learned from.
 
     python s2pg_lsiq.py --env-id InvertedPendulum-v4 --total-timesteps 20000
     python s2pg_lsiq.py --env-id Hopper-v4 --demonstrations expert.npz --loss iq_like
-    python evaluate.py runs/RUN --episodes 20 --capture-video
 """
 
 import json
@@ -49,30 +39,30 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, a task of `envs`, or yours: module:Id-v0
+    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, or yours: module:Id-v0
     env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the task: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # from the policy, in MuJoCo tasks
     privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, z)
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
 
-    demonstrations: str | None = None  # a FILE.npz, minari:NAME, shipped:stochastic; None: shipped
+    demonstrations: str | None = None  # FILE.npz, minari:NAME, or shipped:stochastic
     demonstration_episodes: int | None = None  # how many to imitate, from the first; None: all
     loss: Literal["sqil_like", "iq_like"] = "sqil_like"  # of the critic, see above
     expert_target: Literal["fix", "bootstrap"] = "fix"  # of sqil_like: Q_max, or r_max + y
     regularizer: float = 0.5  # c; rewards are within +-1/c, Q within +-1/(c (1 - gamma))
-    clip_target: bool = True  # keep the bootstrapped value within what such rewards allow
-    absorbing: bool = True  # an ended episode goes on for ever; otherwise its end is worth 0
+    clip_target: bool = True  # of the bootstrapped value, to what rewards allow
+    absorbing: bool = True  # what comes after an end goes on; otherwise worth 0
 
     buffer_size: int = 1_000_000  # rows of the replay buffer, over all environments
-    learning_starts: int = 5_000  # steps with uniformly random actions, before the first update
+    learning_starts: int = 5_000  # random steps, before the first update
     batch_size: int = 256  # rows of the policy in an update, and as many of the expert
     gamma: float = 0.99  # discount, in [0, 1)
     tau: float = 0.005  # share of the critic that goes into its target, in (0, 1]
     actor_lr: float = 1e-4  # learning rate of the actor
     critic_lr: float = 1e-3  # learning rate of the critic
-    alpha: float = 1.0  # initial temperature of the action; of a noise-free expert try .001
-    alpha_lr: float = 3e-4  # learning rate of log alpha, whose target entropy is -|A|
+    alpha: float = 1.0  # initial temperature of the action
+    alpha_lr: float = 3e-4  # of log alpha, whose target entropy is -|A|
     alpha_z: float = 0.01  # initial temperature of the internal state
     alpha_z_lr: float = 3e-4  # learning rate of log alpha_z
     target_entropy_z: float = -1.0  # nats per component of z: -1 is a std of .09, -3 of .012
@@ -81,18 +71,18 @@ class Args:
     kernel: Literal["atanh", "official"] = "atanh"  # "official" squashes the cell's output twice
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
-    chrono: int = 0  # longest time scale of the gates at the start, in steps; 0: PyTorch's
+    chrono: int = 0  # longest initial time scale of the gates, in steps; 0: none
     log_std_z_max: float = 2.0  # largest log std of z before its tanh
     memoryless: bool = False  # no internal state: plain LSIQ
 
     seed: int = 1  # of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    resume: str | None = None  # folder of a run to continue, with its options and those given here
-    save_buffer: bool = False  # keep the replay buffer in checkpoints; else resuming refills it
+    resume: str | None = None  # folder of a run to go on with, and with its options
+    save_buffer: bool = False  # in checkpoints; otherwise a resumed run refills it
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
-    eval_episodes: int = 5  # of each kind, noise-free and stochastic; 0: no second environment
-    track: bool = False  # log to Weights and Biases, too, in the project $WANDB_PROJECT
+    eval_episodes: int = 5  # and as many noise-free; 0: no second environment
+    track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
     cuda: bool = True  # use a CUDA card where there is one
     num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products

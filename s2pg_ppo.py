@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, a task of `envs`, or yours: module:Id-v0
+    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, or yours: module:Id-v0
     env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the task: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # from the policy, in MuJoCo tasks
     privileged_critic: bool = False  # the critic sees the whole state in place of o
@@ -55,8 +55,8 @@ class Args:
     gamma: float = 0.99  # discount, in [0, 1)
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimates, in [0, 1]
     norm_adv: bool = True  # normalise the advantages of a rollout
-    clip_coef: float = 0.2  # eps, how far rho may leave 1; with --clip-vloss also V its old value
-    clip_vloss: bool = False  # V moves by at most eps standard deviations of the returns
+    clip_coef: float = 0.2  # eps, how far rho may leave 1, and V with --clip-vloss
+    clip_vloss: bool = False  # V moves by at most eps stds of the returns
     ent_coef: float = 0.0  # weight of the entropy of (a, z')
     vf_coef: float = 0.5  # weight of the loss of V
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
@@ -64,17 +64,17 @@ class Args:
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
-    std: float = 0.5  # standard deviation of a at the start; a is clipped to [-1, 1]
+    std: float = 0.5  # initial std of a, which is clipped to [-1, 1]
     std_z: float = 0.1  # that of z'; with less noise rho leaves 1 sooner
     memoryless: bool = False  # no internal state: plain PPO, where V still gets a_prev
 
     seed: int = 1  # of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    resume: str | None = None  # folder of a run to continue, with its options and those given here
+    resume: str | None = None  # folder of a run to go on with, and with its options
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
-    eval_episodes: int = 5  # of each kind, noise-free and stochastic; 0: no second environment
-    track: bool = False  # log to Weights and Biases, too, in the project $WANDB_PROJECT
+    eval_episodes: int = 5  # and as many noise-free; 0: no second environment
+    track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
     cuda: bool = True  # use a CUDA card where there is one
     num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products

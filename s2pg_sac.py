@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, a task of `envs`, or yours: module:Id-v0
+    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, or yours: module:Id-v0
     env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the task: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # from the policy, in MuJoCo tasks
     privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, z)
@@ -47,14 +47,14 @@ class Args:
     total_timesteps: int = 1_000_000  # environment steps, over all environments
 
     buffer_size: int = 1_000_000  # rows of the replay buffer, over all environments
-    learning_starts: int = 5_000  # steps with uniformly random actions, before the first update
+    learning_starts: int = 5_000  # random steps, before the first update
     batch_size: int = 256  # rows in an update
     gamma: float = 0.99  # discount, in [0, 1)
     tau: float = 0.005  # share of the critic that goes into its target, in (0, 1]
     actor_lr: float = 3e-4  # learning rate of the actor
     critic_lr: float = 1e-3  # learning rate of the critic
     alpha: float = 1.0  # initial temperature of the action
-    alpha_lr: float = 1e-3  # learning rate of log alpha, whose target entropy is -|A|
+    alpha_lr: float = 1e-3  # of log alpha, whose target entropy is -|A|
     alpha_z: float = 0.01  # initial temperature of the internal state
     alpha_z_lr: float = 3e-4  # learning rate of log alpha_z
     target_entropy_z: float = -1.0  # nats per component of z: -1 is a std of .09, -3 of .012
@@ -63,18 +63,18 @@ class Args:
     kernel: Literal["atanh", "official"] = "atanh"  # "official" squashes the cell's output twice
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
-    chrono: int = 0  # longest time scale of the gates at the start, in steps; 0: PyTorch's
+    chrono: int = 0  # longest initial time scale of the gates, in steps; 0: none
     log_std_z_max: float = 2.0  # largest log std of z before its tanh
     memoryless: bool = False  # no internal state: plain SAC, where Q still gets a_prev
 
     seed: int = 1  # of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    resume: str | None = None  # folder of a run to continue, with its options and those given here
-    save_buffer: bool = False  # keep the replay buffer in checkpoints; else resuming refills it
+    resume: str | None = None  # folder of a run to go on with, and with its options
+    save_buffer: bool = False  # in checkpoints; otherwise a resumed run refills it
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
-    eval_episodes: int = 5  # of each kind, noise-free and stochastic; 0: no second environment
-    track: bool = False  # log to Weights and Biases, too, in the project $WANDB_PROJECT
+    eval_episodes: int = 5  # and as many noise-free; 0: no second environment
+    track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
     cuda: bool = True  # use a CUDA card where there is one
     num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products

@@ -5,6 +5,7 @@ import functools
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -627,6 +628,15 @@ def test_tuned_options_come_between_the_defaults_and_the_command_line(script, mo
     assert parse(monkeypatch, script=script).hide == hidden
     options = "--env-id", "Humanoid-v4", "--hide", "positions"
     assert parse(monkeypatch, *options, script=script).hide == "positions"
+
+
+@EACH
+def test_help_is_short(script, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, "--help", script=script)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(max(1, math.ceil(len(line.rstrip()) / 100)) for line in lines) <= 90
 
 
 def test_options_for_the_environment_are_python_or_json_literals(monkeypatch):

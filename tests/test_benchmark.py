@@ -26,7 +26,7 @@ import evaluate
 import s2pg_ppo
 import s2pg_sac
 import s2pg_td3
-from benchmark import collect, memory, plot, sweep, update_time
+from benchmark import bandit, collect, latency, memory, plot, sweep, update_time
 from benchmark.claims import CLAIMS, Claim, Line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -686,3 +686,48 @@ def test_a_picture_has_a_curve_for_each_method_and_clock(monkeypatch):
     assert [len(panel.lines) for panel in axes if panel.get_visible()] == [3, 2, 2, 2, 2]
     assert [panel.get_title() for panel in axes if panel.get_visible()] == list(five)
     assert axes[0].get_position().y0 > axes[3].get_position().y1  # three in a row
+
+
+class EveryMode(torch.nn.Module):
+    """Acts at the centres of the bandit's modes in turn; with a step that changes nothing."""
+
+    steps, velocity = 1, torch.nn.Identity()
+
+    def __init__(self, modes):
+        super().__init__()
+        self.modes = modes
+
+    def act(self, obs, z, a_prev):
+        mode = torch.arange(len(obs)) % self.modes
+        return bandit.centres(obs)[mode, torch.arange(len(obs))], z
+
+    def forward(self, obs, z, a_prev):
+        return z, torch.zeros(len(obs), bandit.ACTION), z
+
+    def path(self, obs, g, log_std, noise):
+        x_0 = noise[0]
+        return [x_0, 0.5 * x_0], None
+
+
+@pytest.mark.parametrize("modes", [1, 3])
+def test_the_bandit_counts_modes_and_measures_gradients(modes):
+    found = bandit.measure(EveryMode(modes))
+    assert found["reward"] == pytest.approx(10) and modes <= found["modes"] < modes + 0.5
+    assert found["gain"] == pytest.approx(0.5) and found["std"] == 1
+
+
+def test_the_bandit_is_learned():
+    *_, row = bandit.run("Gaussian", 1, bandit.Args(updates=200))
+    assert row["reward"] > 5 and 1 <= row["modes"] < 2 and row["update"] == 200
+
+
+def test_the_latency_of_an_exported_policy(monkeypatch):
+    args = s2pg_sac.Args(env_id="InvertedPendulum-v4", hide="velocities")
+    env = s2pg_sac.make_env(args, 1)
+    actor = s2pg_sac.Agent(args, env, torch.device("cpu")).actor
+    evaluate.export(Path("policy.pt2"), vars(args), env, actor)
+    latency.main(Path("policy.pt2"), seconds=1, csv_file=Path("latency.csv"))
+    with open("latency.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert row["env_id"] == "InvertedPendulum-v4" and row["calls"] == "100"
+    assert float(row["cpu_ms"]) > 0 and 0 <= float(row["late_percent"]) <= 100

@@ -95,10 +95,12 @@ def make(
             if env_kwargs.keys() - {"render_mode"} and isinstance(env.unwrapped, MujocoEnv):
                 env.reset()  # some values are not looked at before
                 env.step(np.zeros(env.action_space.shape))
-    except (
-        gym.error.Error, ImportError, TypeError, ValueError, ArithmeticError, OSError
-    ) as error:  # fmt: skip
+    except (gym.error.Error, ImportError) as error:
         raise UsageError(f"{env_id!r} cannot be made: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, OSError) as error:
+        if not env_kwargs.keys() - {"render_mode"}:
+            raise  # no argument of the user's is to blame, so it is a bug with a traceback
+        raise UsageError(f"{env_id!r} cannot be made with {env_kwargs}: {error}") from error
 
     modes = env.metadata.get("render_modes", [])
     if render_mode not in {None, *modes, *(f"{mode}_list" for mode in modes)}:

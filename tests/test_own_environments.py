@@ -86,6 +86,16 @@ def test_a_step_that_returns_four_values_names_the_environment(monkeypatch):
     assert "in 'Own-v0', at step 1 of an episode" in traceback.format_exception(caught.value)[-1]
 
 
+def test_a_bug_in_a_constructor_has_a_traceback_and_a_bad_argument_a_sentence(monkeypatch):
+    task = register(monkeypatch, size=-1)
+    with pytest.raises(ValueError) as caught:
+        train(**task)
+    assert not isinstance(caught.value, SystemExit)
+    for options in [("size", "-1")], [("colour", "red")]:
+        with pytest.raises(envs.UsageError, match=r"made with {'(size|colour)'"):
+            train(**register(monkeypatch) | dict(env_kwargs=options))
+
+
 def test_an_evaluation_without_an_end_is_told_and_training_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(envs.vector, "LONGEST_EPISODE", 30)
     monkeypatch.setattr(envs.wrappers.Checked, "longest", 0)

@@ -559,11 +559,11 @@ def train(args):
                 writer.add_scalar(name, value, global_step)
             writer.add_scalar("charts/SPS", global_step / (time.time() - start_time), global_step)
         seconds = time.time() - start_time  # of training, without evaluations
-        every = args.checkpoint_frequency
-        if leaving or global_step // every > last_step // every:
+        frequencies = args.checkpoint_frequency, args.eval_frequency
+        save, score = (n and (finished or global_step // n > last_step // n) for n in frequencies)
+        if save or score or leaving:
             save_run(run_dir, agent, global_step=update_step, seconds=seconds)
-        every = args.eval_frequency
-        if hasattr(eval_env, "score") and (finished or global_step // every > last_step // every):
+        if score and hasattr(eval_env, "score"):
             eval_env.score(agent, args.eval_episodes, args.seed, writer, global_step)
             writer.add_scalar("charts/seconds", seconds, global_step)
             start_time = time.time() - seconds

@@ -196,3 +196,16 @@ def test_the_best_policy_is_kept_and_played(monkeypatch, capsys):
         assert same(actor.state_dict(), weights)
     evaluate.main(evaluate.Options(run, episodes=1, best=True))
     assert capsys.readouterr().out.count("episodes") == 2
+
+
+def test_an_evaluation_that_fails_comes_after_a_checkpoint(monkeypatch):
+    """Also where evaluations are more frequent than checkpoints."""
+
+    def fail(*args):
+        raise RuntimeError("of the environment")
+
+    monkeypatch.setattr(envs.Together, "score", fail)
+    with pytest.raises(RuntimeError):
+        train(**register(monkeypatch) | dict(eval_frequency=40))
+    (run,) = Path("runs").iterdir()
+    assert load(run)["global_step"] == 40

@@ -108,7 +108,7 @@ class Args:
 
 
 BRIEF = dict(learning_starts=1_000, warmup_steps=0)
-SMALL = dict(width=128, horizon=2, model_length=2, tau=0.01)  # half the time and 2/3 of the steps
+SMALL = dict(width=128, horizon=2, model_length=2, tau=0.01)  # half an update's time
 TUNED = {  # defaults that differ by task: the target entropies as published
     "Ant": dict(entropy_start=0.0, entropy_end=-2 / 8, entropy_power=4.0),
     "HalfCheetah": dict(entropy_start=-2 / 6, entropy_end=-3 / 6),

@@ -140,6 +140,10 @@ def test_a_sweep_killed_at_any_time_finishes_what_is_left(capsys):
     assert "not finished" not in capsys.readouterr().out
     rows = rows_of("results/smoke.csv")
     assert list(rows[0]) == collect.COLUMNS and len(rows) == 2 * 4
+    with mock.patch.object(sweep, "is_done", lambda run: False):  # seeds 2 are not begun
+        call(collect, "smoke", "--results", "so_far", "--unfinished")
+    assert capsys.readouterr().out.count("not finished") == 4
+    assert rows_of("so_far/smoke.csv") == rows
     for label in CLAIMS["smoke"].methods:
         own = [row for row in rows if row["label"] == label]
         assert [row["step"] for row in own] == ["200", "400", "600", "800"]

@@ -20,7 +20,6 @@ state s in place of o. Compare s2pg_ppo.py by diff.
     python evaluate.py runs/RUN --episodes 20 --capture-video
 """
 
-import importlib.util
 import json
 import math
 import signal
@@ -33,6 +32,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -40,8 +40,8 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, a task of `envs`, or yours: module:Id-v0
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # wind True
+    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, or yours: module:Id-v0
+    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the task: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # from the policy, in MuJoCo tasks
     privileged_critic: bool = False  # the critic sees the whole state in place of o
     num_envs: int = 1  # environments stepped together
@@ -56,8 +56,8 @@ class Args:
     gamma: float = 0.99  # discount, in [0, 1)
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimates, in [0, 1]
     norm_adv: bool = True  # normalise the advantages of a rollout
-    clip_coef: float = 0.2  # eps, how far rho may leave 1; with --clip-vloss also V its old value
-    clip_vloss: bool = False  # V moves by at most eps standard deviations of the returns
+    clip_coef: float = 0.2  # eps, how far rho may leave 1, and V with --clip-vloss
+    clip_vloss: bool = False  # V moves by at most eps stds of the returns
     ent_coef: float = 0.0  # weight of the entropy of a
     vf_coef: float = 0.5  # weight of the loss of V
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
@@ -65,17 +65,15 @@ class Args:
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent layer
     state_dim: int = 32  # size of the layer; an LSTM's z = (h, c) is twice as large
-    std: float = 0.5  # standard deviation of a at the start; a is clipped to [-1, 1]
+    std: float = 0.5  # initial std of a, which is clipped to [-1, 1]
 
     seed: int = 1  # of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    resume: str | None = None  # folder of a run to continue, with its options and those given here
+    resume: str | None = None  # folder of a run to go on with, and with its options
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
-    eval_episodes: int = 5  # episodes of an evaluation, noise-free and stochastic each
-    track: bool = False  # log to Weights and Biases as well
-    wandb_project_name: str = "s2pg"  # its project
-    wandb_entity: str | None = None  # its team
+    eval_episodes: int = 5  # and as many noise-free; 0: no second environment
+    track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
     cuda: bool = True  # use a CUDA card where there is one
     num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
@@ -83,13 +81,14 @@ class Args:
     cudagraphs: bool = False  # on CUDA: replay acting and gradient steps as graphs
 
     def __post_init__(self):
+        self.env_kwargs = list(dict(self.env_kwargs).items())  # pairs, also after JSON
         rows, inf = self.num_steps * self.num_envs, math.inf
         for name, (low, high) in dict(
             seed=(0, inf), num_envs=(1, inf), num_steps=(2, inf), num_minibatches=(1, rows),
             update_epochs=(1, inf), learning_rate=(0, inf), gamma=(0, 1 - 1e-9), gae_lambda=(0, 1),
             clip_coef=(1e-9, inf), ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf),
             target_kl=(0, inf), state_dim=(1, inf), std=(1e-9, inf), sequence_length=(1, inf),
-            checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
+            checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(0, inf),
         ).items():  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 sys.exit(f"--{name.replace('_', '-')} must be in [{low}, {high}]")
@@ -444,8 +443,8 @@ def make_env(args, num_envs):
     """Your own may be any vector environment with actions in [-1, 1] and next-step autoreset."""
     import envs
 
-    options = dict(hide=args.hide, privileged_critic=args.privileged_critic) | args.env_kwargs
-    return envs.make_vec(args.env_id, num_envs, **options)
+    options = dict(hide=args.hide, privileged_critic=args.privileged_critic)
+    return envs.make_vec(args.env_id, num_envs, **options | envs.literals(args.env_kwargs))
 
 
 def views(obs):
@@ -458,8 +457,11 @@ def save_run(run_dir, agent, **state):
     if not all(p.isfinite().all() for p in agent.parameters()):
         sys.exit(f"the weights are not finite any more; {run_dir} keeps its last checkpoint")
     state |= dict(agent=agent.state_dict(), optimizers=[o.state_dict() for o in agent.optimizers])
-    torch.save(state, run_dir / "checkpoint.pt.tmp")
-    (run_dir / "checkpoint.pt.tmp").replace(run_dir / "checkpoint.pt")
+    try:
+        torch.save(state, run_dir / "checkpoint.pt.tmp")
+        (run_dir / "checkpoint.pt.tmp").replace(run_dir / "checkpoint.pt")
+    finally:  # of a full disk
+        (run_dir / "checkpoint.pt.tmp").unlink(missing_ok=True)
 
 
 def load_run(run_dir, agent):
@@ -486,7 +488,7 @@ def train(args):
     run_dir = Path(args.resume or "runs/" + name.replace("/", "_").replace(":", "_"))
 
     env = make_env(args, args.num_envs)
-    evaluates = args.eval_frequency and importlib.util.find_spec("envs")  # not a script alone
+    evaluates = args.eval_frequency and args.eval_episodes
     eval_env = make_env(args, min(args.eval_episodes, 8)) if evaluates else None
     agent = Agent(args, env, device)
     rollout = Rollout(args.num_steps, args.num_envs, agent.row_sizes, device)
@@ -496,18 +498,20 @@ def train(args):
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
-            id=run_dir.name[-64:], resume="allow", sync_tensorboard=True,
-        )  # fmt: skip
+        wandb.init(config=vars(args), id=run_dir.name[-64:], resume="allow", sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(run_dir / "lock", is_singleton=True).acquire(timeout=0)  # noqa: F841
+    except Timeout:
+        sys.exit(f"another process trains {run_dir}")
     saved_args = vars(args) | dict(resume=None, script=Path(__file__).name)
     (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     stopped_by = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
+    for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:  # as by nohup
+            signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
     # a resumed run goes on from its last update: the rows after that are played anew
     update_step, start_time, leaving = global_step, time.time() - seconds, False
@@ -521,9 +525,11 @@ def train(args):
         sample, z_next, log_prob, value = agent.act(policy_obs, critic_obs, z, a_prev)
         action = sample[:, : agent.action_dim].clamp(-1, 1)
         a = action.cpu().numpy()
-        if not np.isfinite(a).all():
-            sys.exit(f"the action is not finite; {run_dir} keeps its last checkpoint")
-        obs, reward, terminated, truncated, info = env.step(a)
+        try:
+            obs, reward, terminated, truncated, info = env.step(a)
+        except Exception:  # of the environment: what is learned outlives it
+            save_run(run_dir, agent, global_step=update_step, seconds=seconds)
+            raise
         rollout.add(
             policy_obs, critic_obs, z, a_prev, sample, log_prob, value, reward, terminated, first
         )
@@ -553,19 +559,13 @@ def train(args):
                 writer.add_scalar(name, value, global_step)
             writer.add_scalar("charts/SPS", global_step / (time.time() - start_time), global_step)
         seconds = time.time() - start_time  # of training, without evaluations
-        every = args.checkpoint_frequency
-        if leaving or global_step // every > last_step // every:
+        frequencies = args.checkpoint_frequency, args.eval_frequency
+        save, score = (n and (finished or global_step // n > last_step // n) for n in frequencies)
+        if save or score or leaving:
             save_run(run_dir, agent, global_step=update_step, seconds=seconds)
-        every = args.eval_frequency
-        if eval_env and (finished or global_step // every > last_step // every):
-            import envs
-
-            result = envs.returns(agent.actor, eval_env, args.eval_episodes, args.seed, global_step)
+        if score and hasattr(eval_env, "score"):
+            eval_env.score(agent, args.eval_episodes, args.seed, writer, global_step)
             writer.add_scalar("charts/seconds", seconds, global_step)
-            for name, value in result.items():
-                writer.add_scalar(f"eval/{name}", value, global_step)
-            means = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
-            bar.write(f"step {global_step}: {means}")
             start_time = time.time() - seconds
     bar.close()
     writer.close()
@@ -587,10 +587,7 @@ def parse_args():
             Args(**options)
         except (OSError, ValueError, TypeError, KeyError) as error:
             sys.exit(f"{asked.resume} is no run of this script: {error!r}")
-    # of a dict that is not empty tyro makes options of their own, one for each key
-    args = tyro.cli(Args, default=Args(**options | dict(env_kwargs={})), description=__doc__)
-    args.env_kwargs = asked.env_kwargs or options.get("env_kwargs", {})
-    return args
+    return tyro.cli(Args, default=Args(**options), description=__doc__)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python evaluate.py runs/RUN
     python evaluate.py runs/RUN --episodes 5 --capture-video
+    python evaluate.py runs/RUN --best
     python evaluate.py runs/RUN --stochastic --save-demonstrations expert.npz
     python evaluate.py runs/RUN --export policy.pt2
 
@@ -44,6 +45,7 @@ class Options:
     run: tyro.conf.Positional[Path]  # folder of a run
     episodes: int = 20  # noise-free, and as many stochastic
     seed: int = 1  # of the environments and of the noise
+    best: bool = False  # the weights with the highest stochastic return so far, not the last ones
     stochastic: bool = False  # film and save the stochastic episodes, not the noise-free ones
     capture_video: bool = False  # film the first environment, into RUN/videos
     save_demonstrations: Path | None = None  # write the episodes to this .npz file
@@ -80,7 +82,7 @@ class Policy(nn.Module):
         return action.float(), torch.cat([z.squeeze(0), torch.ones(1)])
 
 
-def load(run, num_envs, video_folder=None):
+def load(run, num_envs, video_folder=None, best=False):
     """What args.json holds, the environments and the agent of a run."""
     try:
         saved = json.loads((run / "args.json").read_text())
@@ -98,13 +100,15 @@ def load(run, num_envs, video_folder=None):
     args = dataclasses.replace(args, compile=False, cudagraphs=False)
     # make_env hands env_kwargs on to envs.make_vec, which can film
     film = {} if video_folder is None else dict(video_folder=str(video_folder))
-    env = script.make_env(dataclasses.replace(args, env_kwargs=args.env_kwargs | film), num_envs)
+    env_kwargs = dict(args.env_kwargs) | film
+    env = script.make_env(dataclasses.replace(args, env_kwargs=env_kwargs), num_envs)
     agent = script.Agent(args, env, torch.device("cpu"))
+    file = "best.pt" if best else "checkpoint.pt"
     try:
-        state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        state = torch.load(run / file, map_location="cpu", weights_only=True)
         agent.load_state_dict(state["agent"])
     except Exception as error:  # torch raises what it likes
-        sys.exit(f"{run} has no checkpoint that fits its options: {error!r}")
+        sys.exit(f"{run} has no {file} that fits its options: {error!r}")
     torch.set_num_threads(args.num_threads)
     return saved, env, agent
 
@@ -165,7 +169,7 @@ def main(options):
     videos = options.run / "videos" / f"{chosen}-{time.time():.0f}"
     for mode in ("noise-free", "stochastic"):
         film = videos if options.capture_video and mode == chosen else None
-        saved, env, agent = load(options.run, num_envs, film)
+        saved, env, agent = load(options.run, num_envs, film, options.best)
         played = envs.evaluate(agent.actor, env, options.episodes, mode == "noise-free", seed)
         env.close()
         returns = [episode["rewards"].sum() for episode in played]

@@ -1,9 +1,8 @@
 """S2PG-GAIL: generative adversarial imitation with a stochastic stateful policy.
 
-Ho, Ermon, "Generative Adversarial Imitation Learning", 2016, with the policy of Al-Hafez, Zhao,
-Peters, Tateo, "Time-Efficient Reinforcement Learning with Stochastic Stateful Policies", ICLR 2024,
-arXiv 2311.04082. A discriminator D learns to tell the expert's (s, a) from the policy's, S2PG-PPO
-learns from its reward. The policy sees o and has an internal state z, which D never sees:
+Ho, Ermon, "Generative Adversarial Imitation Learning", 2016, with the policy of S2PG-PPO. A
+discriminator D learns to tell the expert's (s, a) from the policy's, and the policy learns from its
+reward. The policy sees o and has an internal state z, which D never sees:
 
     discriminator  L(D) = E_expert[-log D] + E_policy[-log(1 - D)] - c H(D), over (s, a)
     reward         r    = -log(1 - D + 1e-8), or with --reward airl log D - log(1 - D)
@@ -11,13 +10,12 @@ learns from its reward. The policy sees o and has an internal state z, which D n
     policy, value  as in s2pg_ppo.py: PPO's with rho the ratio of (a, z') jointly
 
 -log(1 - D) is never negative, so ending an episode would be a loss whatever the expert does. So the
-end of an episode is a state as well, which is never left, and D judges it, too, as one of the
-1 / (1 - gamma) steps for which it stands (Kostrikov et al., "Discriminator-Actor-Critic", 2019).
-The task's reward is logged, and never learned from. Compare s2pg_ppo.py by diff.
+end of an episode is a state as well, which is never left, and D judges it, too, as one of the steps
+for which it stands, 1 / (1 - gamma) (Kostrikov et al., "Discriminator-Actor-Critic", 2019). The
+task's reward is logged, and never learned from. Compare s2pg_ppo.py by diff.
 
     python s2pg_gail.py --env-id InvertedPendulum-v4 --total-timesteps 100000
     python s2pg_gail.py --env-id Hopper-v4 --demonstrations expert.npz --bc-steps 2000
-    python evaluate.py runs/RUN --episodes 20 --capture-video
 """
 
 import json
@@ -33,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -40,18 +39,18 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, a task of `envs`, or yours: module:Id-v0
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # wind True
+    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, or yours: module:Id-v0
+    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the task: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # from the policy, in MuJoCo tasks
     privileged_critic: bool = True  # critic and discriminator see the whole state
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
 
-    demonstrations: str | None = None  # FILE.npz, minari:NAME, or shipped:stochastic; else shipped
+    demonstrations: str | None = None  # FILE.npz, minari:NAME, or shipped:stochastic
     demonstration_episodes: int | None = None  # the first of them; else all
     bc_steps: int = 0  # of behaviour cloning before everything else
     reward: Literal["gail", "airl"] = "gail"  # -log(1 - D + 1e-8), or log D - log(1 - D)
-    absorbing: bool = True  # the end of an episode is a state that goes on; otherwise worth 0
+    absorbing: bool = True  # what comes after an end goes on; otherwise worth 0
     discriminator_lr: float = 3e-4  # learning rate of the discriminator
     discriminator_steps: int = 3  # its gradient steps after each rollout (published: 1 of 3)
     discriminator_entropy: float = 1e-3  # weight c of its entropy
@@ -64,8 +63,8 @@ class Args:
     gamma: float = 0.99  # discount, in [0, 1)
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimates, in [0, 1]
     norm_adv: bool = True  # normalise the advantages of a rollout
-    clip_coef: float = 0.2  # eps, how far rho may leave 1; with --clip-vloss also V its old value
-    clip_vloss: bool = False  # V moves by at most eps standard deviations of the returns
+    clip_coef: float = 0.2  # eps, how far rho may leave 1, and V with --clip-vloss
+    clip_vloss: bool = False  # V moves by at most eps stds of the returns
     ent_coef: float = 0.0  # weight of the entropy of (a, z')
     vf_coef: float = 0.5  # weight of the loss of V
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
@@ -73,19 +72,17 @@ class Args:
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
-    std: float = 0.5  # standard deviation of a at the start; a is clipped to [-1, 1]
+    std: float = 0.5  # initial std of a, which is clipped to [-1, 1]
     std_z: float = 0.1  # that of z'; with less noise rho leaves 1 sooner
     memoryless: bool = False  # no internal state: plain GAIL, where V still gets a_prev
 
     seed: int = 1  # of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    resume: str | None = None  # folder of a run to continue, with its options and those given here
+    resume: str | None = None  # folder of a run to go on with, and with its options
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
-    eval_episodes: int = 5  # episodes of an evaluation, noise-free and stochastic each
-    track: bool = False  # log to Weights and Biases as well
-    wandb_project_name: str = "s2pg"  # its project
-    wandb_entity: str | None = None  # its team
+    eval_episodes: int = 5  # and as many noise-free; 0: no second environment
+    track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
     cuda: bool = True  # use a CUDA card where there is one
     num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
@@ -93,6 +90,7 @@ class Args:
     cudagraphs: bool = False  # on CUDA: replay acting and gradient steps as graphs
 
     def __post_init__(self):
+        self.env_kwargs = list(dict(self.env_kwargs).items())  # pairs, also after JSON
         rows, inf = self.num_steps * self.num_envs, math.inf
         for name, (low, high) in dict(
             seed=(0, inf), num_envs=(1, inf), num_steps=(2, inf), num_minibatches=(1, rows),
@@ -101,7 +99,7 @@ class Args:
             target_kl=(0, inf), state_dim=(1, inf), std=(1e-9, inf), std_z=(1e-9, inf),
             bc_steps=(0, inf), discriminator_lr=(0, inf), discriminator_steps=(1, inf),
             discriminator_entropy=(0, inf),
-            checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
+            checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(0, inf),
         ).items():  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 sys.exit(f"--{name.replace('_', '-')} must be in [{low}, {high}]")
@@ -535,8 +533,8 @@ def make_env(args, num_envs):
     """Your own may be any vector environment with actions in [-1, 1] and next-step autoreset."""
     import envs
 
-    options = dict(hide=args.hide, privileged_critic=args.privileged_critic) | args.env_kwargs
-    return envs.make_vec(args.env_id, num_envs, **options)
+    options = dict(hide=args.hide, privileged_critic=args.privileged_critic)
+    return envs.make_vec(args.env_id, num_envs, **options | envs.literals(args.env_kwargs))
 
 
 def views(obs):
@@ -549,8 +547,11 @@ def save_run(run_dir, agent, **state):
     if not all(p.isfinite().all() for p in agent.parameters()):
         sys.exit(f"the weights are not finite any more; {run_dir} keeps its last checkpoint")
     state |= dict(agent=agent.state_dict(), optimizers=[o.state_dict() for o in agent.optimizers])
-    torch.save(state, run_dir / "checkpoint.pt.tmp")
-    (run_dir / "checkpoint.pt.tmp").replace(run_dir / "checkpoint.pt")
+    try:
+        torch.save(state, run_dir / "checkpoint.pt.tmp")
+        (run_dir / "checkpoint.pt.tmp").replace(run_dir / "checkpoint.pt")
+    finally:  # of a full disk
+        (run_dir / "checkpoint.pt.tmp").unlink(missing_ok=True)
 
 
 def load_run(run_dir, agent):
@@ -579,7 +580,8 @@ def train(args):
     run_dir = Path(args.resume or "runs/" + name.replace("/", "_").replace(":", "_"))
 
     env = make_env(args, args.num_envs)
-    eval_env = make_env(args, min(args.eval_episodes, 8)) if args.eval_frequency else None
+    evaluates = args.eval_frequency and args.eval_episodes
+    eval_env = make_env(args, min(args.eval_episodes, 8)) if evaluates else None
     agent = Agent(args, env, device)
     rollout = Rollout(args.num_steps, args.num_envs, agent.row_sizes, device)
     episodes = envs.demonstrations.load(args.demonstrations, env, args.demonstration_episodes)
@@ -590,35 +592,31 @@ def train(args):
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
-            id=run_dir.name[-64:], resume="allow", sync_tensorboard=True,
-        )  # fmt: skip
+        wandb.init(config=vars(args), id=run_dir.name[-64:], resume="allow", sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(run_dir / "lock", is_singleton=True).acquire(timeout=0)  # noqa: F841
+    except Timeout:
+        sys.exit(f"another process trains {run_dir}")
     saved_args = vars(args) | dict(resume=None, script=Path(__file__).name)
     (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
-
-    def evaluate(step, seconds):
-        result = envs.returns(agent.actor, eval_env, args.eval_episodes, args.seed, step)
-        writer.add_scalar("charts/seconds", seconds, step)
-        for name, value in result.items():
-            writer.add_scalar(f"eval/{name}", value, step)
-        means = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
-        bar.write(f"step {step}: {means}")
 
     update_step, start_time, leaving = global_step, time.time() - seconds, False
     writer.add_scalar("charts/expert_return", np.mean([e["rewards"].sum() for e in episodes]), 0)
     if args.bc_steps and not args.resume:
         writer.add_scalar("losses/bc_loss", agent.clone(expert), 0)
         seconds = time.time() - start_time
-        if args.eval_frequency:
-            evaluate(0, seconds)
+        save_run(run_dir, agent, global_step=0, seconds=seconds)
+        if hasattr(eval_env, "score"):
+            eval_env.score(agent, args.eval_episodes, args.seed, writer, 0)
+            writer.add_scalar("charts/seconds", seconds, 0)
         start_time = time.time() - seconds
     stopped_by = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
+    for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:  # as by nohup
+            signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
     obs, _ = env.reset(seed=1000 * args.seed + global_step)  # a resumed run: new episodes
     z = torch.zeros(args.num_envs, agent.z_dim, device=device)
@@ -630,9 +628,11 @@ def train(args):
         sample, z_next, log_prob, value = agent.act(policy_obs, critic_obs, z, a_prev)
         action = sample[:, : agent.action_dim].clamp(-1, 1)
         a = action.cpu().numpy()
-        if not np.isfinite(a).all():
-            sys.exit(f"the action is not finite; {run_dir} keeps its last checkpoint")
-        obs, reward, terminated, truncated, info = env.step(a)
+        try:
+            obs, reward, terminated, truncated, info = env.step(a)
+        except Exception:  # of the environment: what is learned outlives it
+            save_run(run_dir, agent, global_step=update_step, seconds=seconds)
+            raise
         rollout.add(
             policy_obs, critic_obs, z, a_prev, sample, log_prob, value, reward, terminated, first
         )
@@ -663,12 +663,13 @@ def train(args):
                 writer.add_scalar(name, value, global_step)
             writer.add_scalar("charts/SPS", global_step / (time.time() - start_time), global_step)
         seconds = time.time() - start_time  # of training, without evaluations
-        every = args.checkpoint_frequency
-        if leaving or global_step // every > last_step // every:
+        frequencies = args.checkpoint_frequency, args.eval_frequency
+        save, score = (n and (finished or global_step // n > last_step // n) for n in frequencies)
+        if save or score or leaving:
             save_run(run_dir, agent, global_step=update_step, seconds=seconds)
-        every = args.eval_frequency
-        if every and (finished or global_step // every > last_step // every):
-            evaluate(global_step, seconds)
+        if score and hasattr(eval_env, "score"):
+            eval_env.score(agent, args.eval_episodes, args.seed, writer, global_step)
+            writer.add_scalar("charts/seconds", seconds, global_step)
             start_time = time.time() - seconds
     bar.close()
     writer.close()
@@ -690,10 +691,7 @@ def parse_args():
             Args(**options)
         except (OSError, ValueError, TypeError, KeyError) as error:
             sys.exit(f"{asked.resume} is no run of this script: {error!r}")
-    # of a dict that is not empty tyro makes options of their own, one for each key
-    args = tyro.cli(Args, default=Args(**options | dict(env_kwargs={})), description=__doc__)
-    args.env_kwargs = asked.env_kwargs or options.get("env_kwargs", {})
-    return args
+    return tyro.cli(Args, default=Args(**options), description=__doc__)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """S2PG-LSIQ: least-squares inverse Q-learning with a stochastic stateful policy.
 
 Al-Hafez, Tateo, Arenz, Zhao, Peters, "LS-IQ: Implicit Reward Regularization for Inverse
-Reinforcement Learning", ICLR 2023, with the policy of "Time-Efficient Reinforcement Learning with
-Stochastic Stateful Policies", ICLR 2024, arXiv 2311.04082. There is no reward and no
-discriminator: the critic of S2PG-SAC is driven to r_max = 1/c a step where the expert is, and to
-r_min = -1/c where the policy is. The expert may have seen all of s, the policy sees o. The internal
-state along the demonstrations is the policy's, rolled once, then refreshed like the replay buffer.
+Reinforcement Learning", ICLR 2023, with the policy of S2PG-SAC. Two critics Q(s, a, z') are driven
+to r_max = 1/c a step where the expert is, and to r_min = -1/c where the policy is. The internal
+state along the demonstrations is the policy's, refreshed like that of the replay buffer.
 
     bootstrap  y = gamma (1 - d) clip(V', Q_min, Q_max), with Q_max = 1/(c (1 - gamma)) = -Q_min
                V' = min_i Q'_i(s', a'', z'') - alpha log pi_a(a'' | o', z', a)
@@ -13,19 +11,11 @@ state along the demonstrations is the policy's, rolled once, then refreshed like
     iq_like    L(Q) = E_policy[Q - y] - E_expert[Q - y] + c E[(Q - y)^2], the last over both
     actor      as in s2pg_sac.py, on states of the policy and of the expert
 
-for each of the two Q(s, a, z'). A terminated episode stays in an absorbing state for ever:
-there sqil_like has r_min / (1 - gamma) for r_min, and iq_like (1 - gamma) (Q - y)^2 for the square.
-The task's reward is logged, and no part of the algorithm sees it. Compare with s2pg_sac.py by diff.
-
-Unlike in the published runs, there are two critics and their minimum, without z; the actor sees
-a_prev and learns from the first update on; temperatures follow the entropy on rows of both, and
-keep the policy noisy. From an expert without noise the critic can tell such a policy by its noise
-alone, and the policy's Q sinks for as long as the critic learns: try low temperatures then,
---alpha .001 --alpha-lr 0 --alpha-z .001 --alpha-z-lr 0.
+A terminated episode stays in an absorbing state for ever: there sqil_like has r_min / (1 - gamma),
+and iq_like (1 - gamma) (Q - y)^2. The task's reward is logged, and never learned from.
 
     python s2pg_lsiq.py --env-id InvertedPendulum-v4 --total-timesteps 20000
     python s2pg_lsiq.py --env-id Hopper-v4 --demonstrations expert.npz --loss iq_like
-    python evaluate.py runs/RUN --episodes 20 --capture-video
 """
 
 import json
@@ -41,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -48,30 +39,30 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, a task of `envs`, or yours: module:Id-v0
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # wind True
+    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, or yours: module:Id-v0
+    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the task: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # from the policy, in MuJoCo tasks
     privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, z)
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
 
-    demonstrations: str | None = None  # a FILE.npz, minari:NAME, shipped:stochastic; None: shipped
+    demonstrations: str | None = None  # FILE.npz, minari:NAME, or shipped:stochastic
     demonstration_episodes: int | None = None  # how many to imitate, from the first; None: all
     loss: Literal["sqil_like", "iq_like"] = "sqil_like"  # of the critic, see above
     expert_target: Literal["fix", "bootstrap"] = "fix"  # of sqil_like: Q_max, or r_max + y
     regularizer: float = 0.5  # c; rewards are within +-1/c, Q within +-1/(c (1 - gamma))
-    clip_target: bool = True  # keep the bootstrapped value within what such rewards allow
-    absorbing: bool = True  # an ended episode goes on for ever; otherwise its end is worth 0
+    clip_target: bool = True  # of the bootstrapped value, to what rewards allow
+    absorbing: bool = True  # what comes after an end goes on; otherwise worth 0
 
     buffer_size: int = 1_000_000  # rows of the replay buffer, over all environments
-    learning_starts: int = 5_000  # steps with uniformly random actions, before the first update
+    learning_starts: int = 5_000  # random steps, before the first update
     batch_size: int = 256  # rows of the policy in an update, and as many of the expert
     gamma: float = 0.99  # discount, in [0, 1)
     tau: float = 0.005  # share of the critic that goes into its target, in (0, 1]
     actor_lr: float = 1e-4  # learning rate of the actor
     critic_lr: float = 1e-3  # learning rate of the critic
-    alpha: float = 1.0  # initial temperature of the action; of a noise-free expert try .001
-    alpha_lr: float = 3e-4  # learning rate of log alpha, whose target entropy is -|A|
+    alpha: float = 1.0  # initial temperature of the action
+    alpha_lr: float = 3e-4  # of log alpha, whose target entropy is -|A|
     alpha_z: float = 0.01  # initial temperature of the internal state
     alpha_z_lr: float = 3e-4  # learning rate of log alpha_z
     target_entropy_z: float = -1.0  # nats per component of z: -1 is a std of .09, -3 of .012
@@ -80,20 +71,18 @@ class Args:
     kernel: Literal["atanh", "official"] = "atanh"  # "official" squashes the cell's output twice
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
-    chrono: int = 0  # longest time scale of the gates at the start, in steps; 0: PyTorch's
+    chrono: int = 0  # longest initial time scale of the gates, in steps; 0: none
     log_std_z_max: float = 2.0  # largest log std of z before its tanh
     memoryless: bool = False  # no internal state: plain LSIQ
 
     seed: int = 1  # of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    resume: str | None = None  # folder of a run to continue, with its options and those given here
-    save_buffer: bool = False  # keep the replay buffer in checkpoints; else resuming refills it
+    resume: str | None = None  # folder of a run to go on with, and with its options
+    save_buffer: bool = False  # in checkpoints; otherwise a resumed run refills it
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
-    eval_episodes: int = 5  # episodes of an evaluation, noise-free and stochastic each
-    track: bool = False  # log to Weights and Biases as well
-    wandb_project_name: str = "s2pg"  # its project
-    wandb_entity: str | None = None  # its team
+    eval_episodes: int = 5  # and as many noise-free; 0: no second environment
+    track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
     cuda: bool = True  # use a CUDA card where there is one
     num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
@@ -101,6 +90,7 @@ class Args:
     cudagraphs: bool = False  # on CUDA: replay acting and updates as graphs
 
     def __post_init__(self):
+        self.env_kwargs = list(dict(self.env_kwargs).items())  # pairs, also after JSON
         rows, inf = 4 * self.num_envs, math.inf
         for name, (low, high) in dict(
             seed=(0, inf), num_envs=(1, inf), buffer_size=(rows, inf), learning_starts=(rows, inf),
@@ -108,7 +98,7 @@ class Args:
             actor_lr=(0, inf), critic_lr=(0, inf), alpha=(1e-9, inf), alpha_lr=(0, inf),
             alpha_z=(1e-9, inf), alpha_z_lr=(0, inf), log_std_z_max=(-4.9, 2),
             target_entropy_z=(-3.5, min(0.5, self.log_std_z_max + 1.4)), state_dim=(1, inf),
-            checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
+            checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(0, inf),
         ).items():  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 sys.exit(f"--{name.replace('_', '-')} must be in [{low}, {high}]")
@@ -287,7 +277,11 @@ class TransitionBuffer:
     def __init__(self, size, num_envs, obs_dim, critic_dim, z_dim, action_dim, device):
         self.num_envs, self.slots, self.device = num_envs, size // num_envs, device
         self.widths = [obs_dim, critic_dim, z_dim, action_dim, 1, 1, 1]
-        self.rows = torch.zeros(self.slots * num_envs, sum(self.widths), device=device)
+        shape = self.slots * num_envs, sum(self.widths)
+        try:
+            self.rows = torch.zeros(shape, device=device)
+        except RuntimeError:  # of the allocator
+            sys.exit(f"the buffer needs {4e-9 * math.prod(shape):.1f} GB: lower --buffer-size")
         _, _, self.z, self.action, *_ = self.rows.split(self.widths, -1)
         self.steps = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -507,8 +501,8 @@ def make_env(args, num_envs):
     """Your own may be any vector environment with actions in [-1, 1] and next-step autoreset."""
     import envs
 
-    options = dict(hide=args.hide, privileged_critic=args.privileged_critic) | args.env_kwargs
-    return envs.make_vec(args.env_id, num_envs, **options)
+    options = dict(hide=args.hide, privileged_critic=args.privileged_critic)
+    return envs.make_vec(args.env_id, num_envs, **options | envs.literals(args.env_kwargs))
 
 
 def views(obs):
@@ -518,30 +512,32 @@ def views(obs):
 
 def save_checkpoint(run_dir, agent, buffer, **state):
     """Write RUN/checkpoint.pt whole or not at all, so that a kill leaves the last good one."""
-    if not all(p.isfinite().all() for p in agent.parameters()):
-        sys.exit(f"the weights are not finite any more; {run_dir} keeps its last checkpoint")
+    if not all(x.isfinite().all() for x in [*agent.parameters(), buffer.rows]):
+        sys.exit(f"weights or data are not finite any more; {run_dir} keeps its last checkpoint")
     state |= dict(agent=agent.state_dict(), optimizers=[o.state_dict() for o in agent.optimizers])
     if agent.args.save_buffer:
         written = buffer.rows[: int(buffer.steps) * buffer.num_envs].clone()
         state |= dict(rows=written, steps=buffer.steps, ring=(buffer.slots, buffer.num_envs))
-    torch.save(state, run_dir / "checkpoint.pt.tmp")
-    (run_dir / "checkpoint.pt.tmp").replace(run_dir / "checkpoint.pt")
+    try:
+        torch.save(state, run_dir / "checkpoint.pt.tmp")
+        (run_dir / "checkpoint.pt.tmp").replace(run_dir / "checkpoint.pt")
+    finally:  # of a full disk
+        (run_dir / "checkpoint.pt.tmp").unlink(missing_ok=True)
 
 
 def load_checkpoint(run_dir, agent, buffer):
     """Go on from RUN/checkpoint.pt; returns its global step and seconds of training."""
-    ring = buffer.slots, buffer.num_envs
     try:
         state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
         agent.load_state_dict(state["agent"])
-        if state.get("ring", ring) != ring:
-            raise ValueError("its buffer has another --buffer-size or --num-envs")
     except Exception as error:  # torch raises what it likes
         sys.exit(f"{run_dir} has no checkpoint that fits these options: {error!r}")
     for optimizer, saved in zip(agent.optimizers, state["optimizers"]):
         groups = optimizer.state_dict()["param_groups"]  # learning rates are those of the options
         optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
-    if "rows" in state:
+    if "rows" in state and agent.args.save_buffer:
+        if state["ring"] != (buffer.slots, buffer.num_envs):
+            sys.exit(f"the buffer of {run_dir} has another --buffer-size or --num-envs")
         buffer.rows[: len(state["rows"])] = state["rows"]
         buffer.steps.copy_(state["steps"])
     return state["global_step"], state["seconds"]
@@ -560,7 +556,8 @@ def train(args):
     run_dir = Path(args.resume or "runs/" + name.replace("/", "_").replace(":", "_"))
 
     env = make_env(args, args.num_envs)
-    eval_env = make_env(args, min(args.eval_episodes, 8)) if args.eval_frequency else None
+    evaluates = args.eval_frequency and args.eval_episodes
+    eval_env = make_env(args, min(args.eval_episodes, 8)) if evaluates else None
     agent = Agent(args, env, device)
     buffer = TransitionBuffer(args.buffer_size, args.num_envs, *agent.row_sizes, device)
     global_step, seconds = load_checkpoint(run_dir, agent, buffer) if args.resume else (0, 0.0)
@@ -574,11 +571,12 @@ def train(args):
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
-            id=run_dir.name[-64:], resume="allow", sync_tensorboard=True,
-        )  # fmt: skip
+        wandb.init(config=vars(args), id=run_dir.name[-64:], resume="allow", sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(run_dir / "lock", is_singleton=True).acquire(timeout=0)  # noqa: F841
+    except Timeout:
+        sys.exit(f"another process trains {run_dir}")
     saved_args = vars(args) | dict(resume=None, script=Path(__file__).name)
     (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
@@ -588,8 +586,9 @@ def train(args):
     if global_step < args.learning_starts:
         bar.write(f"actions are random until learning starts at step {args.learning_starts}")
     stopped_by = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
+    for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:  # as by nohup
+            signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
     start_time, updates_due, metrics, leaving = time.time() - seconds, 0, {}, False
     obs, _ = env.reset(seed=1000 * args.seed + global_step)  # a resumed run: new episodes
@@ -603,11 +602,13 @@ def train(args):
         if global_step < args.learning_starts:
             action = 2 * torch.rand_like(action) - 1
         a = action.cpu().numpy()
-        if not np.isfinite(a).all():
-            sys.exit(f"the action is not finite; {run_dir} keeps its last checkpoint")
         for _ in range(updates_due):  # a CUDA card works on them while the environment steps
             metrics = agent.update(buffer, expert)
-        obs, _, terminated, truncated, info = env.step(a)
+        try:
+            obs, _, terminated, truncated, info = env.step(a)
+        except Exception:  # of the environment: what is learned outlives it
+            save_checkpoint(run_dir, agent, buffer, global_step=global_step, seconds=seconds)
+            raise
         no_reward = np.zeros(args.num_envs)
         buffer.add(policy_obs, critic_obs, z, action, no_reward, terminated, first)
 
@@ -632,17 +633,13 @@ def train(args):
             for name, value in metrics.items():
                 writer.add_scalar(name, value, global_step)
             writer.add_scalar("charts/SPS", global_step / seconds, global_step)
-        every = args.checkpoint_frequency
-        if leaving or global_step // every > last_step // every:
+        frequencies = args.checkpoint_frequency, args.eval_frequency
+        save, score = (n and (finished or global_step // n > last_step // n) for n in frequencies)
+        if save or score or leaving:
             save_checkpoint(run_dir, agent, buffer, global_step=global_step, seconds=seconds)
-        every = args.eval_frequency
-        if every and (finished or global_step // every > last_step // every):
-            result = envs.returns(agent.actor, eval_env, args.eval_episodes, args.seed, global_step)
+        if score and hasattr(eval_env, "score"):
+            eval_env.score(agent, args.eval_episodes, args.seed, writer, global_step)
             writer.add_scalar("charts/seconds", seconds, global_step)
-            for name, value in result.items():
-                writer.add_scalar(f"eval/{name}", value, global_step)
-            means = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
-            bar.write(f"step {global_step}: {means}")
             start_time = time.time() - seconds
     bar.close()
     writer.close()
@@ -664,10 +661,7 @@ def parse_args():
             Args(**options)
         except (OSError, ValueError, TypeError, KeyError) as error:
             sys.exit(f"{asked.resume} is no run of this script: {error!r}")
-    # of a dict that is not empty tyro makes options of their own, one for each key
-    args = tyro.cli(Args, default=Args(**options | dict(env_kwargs={})), description=__doc__)
-    args.env_kwargs = asked.env_kwargs or options.get("env_kwargs", {})
-    return args
+    return tyro.cli(Args, default=Args(**options), description=__doc__)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ does not depend on z; without a privileged critic, z is one more input of Q.
 """
 
 import functools
-import importlib.util
 import json
 import math
 import signal
@@ -35,6 +34,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -42,15 +42,15 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, a task of `envs`, or yours: module:Id-v0
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # wind True
+    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, or yours: module:Id-v0
+    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the task: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # from the policy, in MuJoCo tasks
     privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, z)
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
 
     buffer_size: int = 1_000_000  # rows of the replay buffer, over all environments
-    learning_starts: int = 5_000  # steps with uniformly random actions, before the first update
+    learning_starts: int = 5_000  # random steps, before the first update
     batch_size: int = 256  # rows in an update
     gamma: float = 0.99  # discount, in [0, 1)
     tau: float = 0.005  # share of a network that goes into its target, in (0, 1]
@@ -69,14 +69,12 @@ class Args:
 
     seed: int = 1  # of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    resume: str | None = None  # folder of a run to continue, with its options and those given here
-    save_buffer: bool = False  # keep the replay buffer in checkpoints; else resuming refills it
+    resume: str | None = None  # folder of a run to go on with, and with its options
+    save_buffer: bool = False  # in checkpoints; otherwise a resumed run refills it
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
-    eval_episodes: int = 5  # episodes of an evaluation, noise-free and stochastic each
-    track: bool = False  # log to Weights and Biases as well
-    wandb_project_name: str = "s2pg"  # its project
-    wandb_entity: str | None = None  # its team
+    eval_episodes: int = 5  # and as many noise-free; 0: no second environment
+    track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
     cuda: bool = True  # use a CUDA card where there is one
     num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
@@ -84,6 +82,7 @@ class Args:
     cudagraphs: bool = False  # on CUDA: replay acting and updates as graphs
 
     def __post_init__(self):
+        self.env_kwargs = list(dict(self.env_kwargs).items())  # pairs, also after JSON
         rows, inf = 4 * self.num_envs, math.inf
         for name, (low, high) in dict(
             seed=(0, inf), num_envs=(1, inf), buffer_size=(rows, inf), learning_starts=(rows, inf),
@@ -91,7 +90,7 @@ class Args:
             actor_lr=(0, inf), critic_lr=(0, inf), exploration_noise=(0, inf),
             exploration_noise_z=(0, inf), policy_noise=(0, inf), noise_clip=(0, inf),
             policy_frequency=(1, inf), state_dim=(1, inf),
-            checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(1, inf),
+            checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(0, inf),
         ).items():  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 sys.exit(f"--{name.replace('_', '-')} must be in [{low}, {high}]")
@@ -223,7 +222,11 @@ class TransitionBuffer:
     def __init__(self, size, num_envs, obs_dim, critic_dim, z_dim, action_dim, device):
         self.num_envs, self.slots, self.device = num_envs, size // num_envs, device
         self.widths = [obs_dim, critic_dim, z_dim, action_dim, 1, 1, 1]
-        self.rows = torch.zeros(self.slots * num_envs, sum(self.widths), device=device)
+        shape = self.slots * num_envs, sum(self.widths)
+        try:
+            self.rows = torch.zeros(shape, device=device)
+        except RuntimeError:  # of the allocator
+            sys.exit(f"the buffer needs {4e-9 * math.prod(shape):.1f} GB: lower --buffer-size")
         _, _, self.z, self.action, *_ = self.rows.split(self.widths, -1)
         self.steps = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -406,8 +409,8 @@ def make_env(args, num_envs):
     """Your own may be any vector environment with actions in [-1, 1] and next-step autoreset."""
     import envs
 
-    options = dict(hide=args.hide, privileged_critic=args.privileged_critic) | args.env_kwargs
-    return envs.make_vec(args.env_id, num_envs, **options)
+    options = dict(hide=args.hide, privileged_critic=args.privileged_critic)
+    return envs.make_vec(args.env_id, num_envs, **options | envs.literals(args.env_kwargs))
 
 
 def views(obs):
@@ -417,30 +420,32 @@ def views(obs):
 
 def save_checkpoint(run_dir, agent, buffer, **state):
     """Write RUN/checkpoint.pt whole or not at all, so that a kill leaves the last good one."""
-    if not all(p.isfinite().all() for p in agent.parameters()):
-        sys.exit(f"the weights are not finite any more; {run_dir} keeps its last checkpoint")
+    if not all(x.isfinite().all() for x in [*agent.parameters(), buffer.rows]):
+        sys.exit(f"weights or data are not finite any more; {run_dir} keeps its last checkpoint")
     state |= dict(agent=agent.state_dict(), optimizers=[o.state_dict() for o in agent.optimizers])
     if agent.args.save_buffer:
         written = buffer.rows[: int(buffer.steps) * buffer.num_envs].clone()
         state |= dict(rows=written, steps=buffer.steps, ring=(buffer.slots, buffer.num_envs))
-    torch.save(state, run_dir / "checkpoint.pt.tmp")
-    (run_dir / "checkpoint.pt.tmp").replace(run_dir / "checkpoint.pt")
+    try:
+        torch.save(state, run_dir / "checkpoint.pt.tmp")
+        (run_dir / "checkpoint.pt.tmp").replace(run_dir / "checkpoint.pt")
+    finally:  # of a full disk
+        (run_dir / "checkpoint.pt.tmp").unlink(missing_ok=True)
 
 
 def load_checkpoint(run_dir, agent, buffer):
     """Go on from RUN/checkpoint.pt; returns its global step and seconds of training."""
-    ring = buffer.slots, buffer.num_envs
     try:
         state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
         agent.load_state_dict(state["agent"])
-        if state.get("ring", ring) != ring:
-            raise ValueError("its buffer has another --buffer-size or --num-envs")
     except Exception as error:  # torch raises what it likes
         sys.exit(f"{run_dir} has no checkpoint that fits these options: {error!r}")
     for optimizer, saved in zip(agent.optimizers, state["optimizers"]):
         groups = optimizer.state_dict()["param_groups"]  # learning rates are those of the options
         optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
-    if "rows" in state:
+    if "rows" in state and agent.args.save_buffer:
+        if state["ring"] != (buffer.slots, buffer.num_envs):
+            sys.exit(f"the buffer of {run_dir} has another --buffer-size or --num-envs")
         buffer.rows[: len(state["rows"])] = state["rows"]
         buffer.steps.copy_(state["steps"])
     return state["global_step"], state["seconds"]
@@ -457,7 +462,7 @@ def train(args):
     run_dir = Path(args.resume or "runs/" + name.replace("/", "_").replace(":", "_"))
 
     env = make_env(args, args.num_envs)
-    evaluates = args.eval_frequency and importlib.util.find_spec("envs")  # not a script alone
+    evaluates = args.eval_frequency and args.eval_episodes
     eval_env = make_env(args, min(args.eval_episodes, 8)) if evaluates else None
     agent = Agent(args, env, device)
     buffer = TransitionBuffer(args.buffer_size, args.num_envs, *agent.row_sizes, device)
@@ -469,11 +474,12 @@ def train(args):
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args),
-            id=run_dir.name[-64:], resume="allow", sync_tensorboard=True,
-        )  # fmt: skip
+        wandb.init(config=vars(args), id=run_dir.name[-64:], resume="allow", sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(run_dir / "lock", is_singleton=True).acquire(timeout=0)  # noqa: F841
+    except Timeout:
+        sys.exit(f"another process trains {run_dir}")
     saved_args = vars(args) | dict(resume=None, script=Path(__file__).name)
     (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
@@ -481,8 +487,9 @@ def train(args):
     if global_step < args.learning_starts:
         bar.write(f"actions are random until learning starts at step {args.learning_starts}")
     stopped_by = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
+    for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:  # as by nohup
+            signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
     start_time, updates_due, metrics, leaving = time.time() - seconds, 0, {}, False
     obs, _ = env.reset(seed=1000 * args.seed + global_step)  # a resumed run: new episodes
@@ -496,11 +503,13 @@ def train(args):
         if global_step < args.learning_starts:
             action = 2 * torch.rand_like(action) - 1
         a = action.cpu().numpy()
-        if not np.isfinite(a).all():
-            sys.exit(f"the action is not finite; {run_dir} keeps its last checkpoint")
         for _ in range(updates_due):  # a CUDA card works on them while the environment steps
             metrics = agent.update(buffer)
-        obs, reward, terminated, truncated, info = env.step(a)
+        try:
+            obs, reward, terminated, truncated, info = env.step(a)
+        except Exception:  # of the environment: what is learned outlives it
+            save_checkpoint(run_dir, agent, buffer, global_step=global_step, seconds=seconds)
+            raise
         buffer.add(policy_obs, critic_obs, z, action, reward, terminated, first)
 
         # a final row is no step: the environment ignores its action and begins anew ...
@@ -524,19 +533,13 @@ def train(args):
             for name, value in metrics.items():
                 writer.add_scalar(name, value, global_step)
             writer.add_scalar("charts/SPS", global_step / seconds, global_step)
-        every = args.checkpoint_frequency
-        if leaving or global_step // every > last_step // every:
+        frequencies = args.checkpoint_frequency, args.eval_frequency
+        save, score = (n and (finished or global_step // n > last_step // n) for n in frequencies)
+        if save or score or leaving:
             save_checkpoint(run_dir, agent, buffer, global_step=global_step, seconds=seconds)
-        every = args.eval_frequency
-        if eval_env and (finished or global_step // every > last_step // every):
-            import envs
-
-            result = envs.returns(agent.actor, eval_env, args.eval_episodes, args.seed, global_step)
+        if score and hasattr(eval_env, "score"):
+            eval_env.score(agent, args.eval_episodes, args.seed, writer, global_step)
             writer.add_scalar("charts/seconds", seconds, global_step)
-            for name, value in result.items():
-                writer.add_scalar(f"eval/{name}", value, global_step)
-            means = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
-            bar.write(f"step {global_step}: {means}")
             start_time = time.time() - seconds
     bar.close()
     writer.close()
@@ -558,10 +561,7 @@ def parse_args():
             Args(**options)
         except (OSError, ValueError, TypeError, KeyError) as error:
             sys.exit(f"{asked.resume} is no run of this script: {error!r}")
-    # of a dict that is not empty tyro makes options of their own, one for each key
-    args = tyro.cli(Args, default=Args(**options | dict(env_kwargs={})), description=__doc__)
-    args.env_kwargs = asked.env_kwargs or options.get("env_kwargs", {})
-    return args
+    return tyro.cli(Args, default=Args(**options), description=__doc__)
 
 
 if __name__ == "__main__":

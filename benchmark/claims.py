@@ -384,6 +384,24 @@ CLAIMS = {
         [f"{FLOW} HalfCheetah-v4 --hide velocities"],
         seeds=3,
     ),
+    "rp_pgm": Claim(
+        "Does the gradient through a model learn faster, and does it need spectral normalisation?",
+        {
+            "h = 0, SAC": "rp_pgm.py --estimator model-free",
+            "h = 2, normalised": "rp_pgm.py --horizon 2",
+            "h = 2": "rp_pgm.py --horizon 2 --spectral-norm none",
+            "h = 8, normalised": "rp_pgm.py --horizon 8",
+            "h = 8": "rp_pgm.py --horizon 8 --spectral-norm none",
+            "h = 2, DR, normalised": "rp_pgm.py --horizon 2 --estimator dr",
+        },
+        [
+            "--total-timesteps 12000 --eval-frequency 1000 --grad-var-every 0 "
+            "--env-id InvertedDoublePendulum-v4",
+            "--total-timesteps 50000 --eval-frequency 5000 --grad-var-every 0 --width 128 "
+            "--model-length 2 --warmup-steps 5000 --env-id HalfCheetah-v4",
+        ],
+        seeds=3,
+    ),
     "point_mass": Claim(
         "How often is a goal reached that is long out of sight, or behind doors that are?",
         {

@@ -9,7 +9,7 @@ step, seconds of training until then (evaluations do not count), mean return of 
 and of the stochastic policy; of runs by sweep.py versions, commit and hardware; of tasks that tell
 of success the share of episodes with it. What is evaluated at step 0 alone is a level to compare
 with: the demonstrations of imitation runs (label "expert"), and cloning. Runs of a claim that are
-not finished are left out and named.
+not finished are named, and left out without --unfinished.
 """
 
 import csv
@@ -39,6 +39,7 @@ class Args:
     seeds: tuple[int, ...] = ()  # by default those of the claim
     out: str = "runs/sweep"  # the folder that sweep.py ran them in
     cuda: bool = False  # those that it ran with --cuda
+    unfinished: bool = False  # with what unfinished runs have so far
     add: bool = False  # keep the rows of the CSV whose runs are not here: other seeds or machines
     results: str = "benchmark/results"  # folder of the CSVs
     runs: tuple[str, ...] = ()  # folders of runs that are not of a claim
@@ -140,10 +141,14 @@ def collect_claim(name, args):
     for run in sweep.runs_of(claim, args.out, args.seeds, cuda=args.cuda):
         if not sweep.is_done(run):
             print(f"not finished: {run.label}, {run.folder.name}")
-            continue
+            if not args.unfinished or sweep.run_dir(run) is None:
+                continue
         sweep.check_unchanged(run)
         machine = json.loads((run.folder / "machine.json").read_text())
-        rows += evaluations(sweep.run_dir(run), run, machine, run.label in claim.cloning)
+        try:
+            rows += evaluations(sweep.run_dir(run), run, machine, run.label in claim.cloning)
+        except ValueError as error:
+            print(error)  # it has not been evaluated yet
     if not rows:
         sys.exit(f"no run of {name} is finished in {args.out}")
     write(rows, Path(args.results, f"{name}.csv"), args.add)

@@ -24,7 +24,7 @@ def play(run):
     """The frames of a run, its options, and the step in which its episode ended, or None."""
     saved, _, agent = evaluate.load(run, 1)
     options = dict(hide=saved["hide"], render_mode="rgb_array", width=480, height=300)
-    env = UnitActions(envs.make(saved["env_id"], **options | saved["env_kwargs"]))
+    env = UnitActions(envs.make(saved["env_id"], **options | envs.literals(saved["env_kwargs"])))
     obs, _ = env.reset(seed=1)
     z, action = torch.zeros(1, agent.z_dim), torch.zeros(1, agent.action_dim)
     frames, end = [env.render()], None

@@ -19,14 +19,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark.sweep import cpu_name
 
 
-def main(policy: tyro.conf.Positional[Path], hertz: int = 100, csv_file: Path | None = None):
-    """Call it for 20 seconds. `cpu_ms` is its own computing time, without waiting for a core."""
+def main(
+    policy: tyro.conf.Positional[Path],
+    hertz: int = 100,
+    seconds: int = 20,
+    csv_file: Path | None = None,
+):
+    """Call it for so many seconds. `cpu_ms` is its computing time, without waiting for a core."""
     torch.set_num_threads(1)
     program = torch.export.load(policy, extra_files=(files := {"policy.json": ""}))
     about, act = json.loads(files["policy.json"]), program.module()
     z, action = torch.zeros(about["z_size"]), torch.zeros(about["action_size"])
     took, start = [], time.perf_counter()
-    for step in range(20 * hertz):
+    for step in range(seconds * hertz):
         time.sleep(max(0, start + step / hertz - time.perf_counter()))
         obs = torch.randn(about["obs_size"])
         before = np.array([time.perf_counter(), time.thread_time()])

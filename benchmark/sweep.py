@@ -110,7 +110,7 @@ def final_args(run):
 
 def check_unchanged(run):
     """Exit if a default or `TUNED` has changed since the run was begun: it is another now."""
-    now, path = vars(final_args(run)), run_dir(run)
+    now, path = json.loads(json.dumps(vars(final_args(run)))), run_dir(run)
     before = json.loads((path / "args.json").read_text()) if path else {}
     for name in sorted((before.keys() & now.keys()) - {"resume"}):
         if before[name] != now[name]:

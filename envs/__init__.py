@@ -20,10 +20,13 @@ from gymnasium.envs.mujoco import MujocoEnv
 
 from envs.errors import UsageError
 from envs.mujoco import HIDE, RandomBodies, Wind, policy_mask
-from envs.vector import evaluate, returns, views
+from envs.vector import EndlessEpisode, Together, evaluate, literals, returns, views
 from envs.wrappers import Checked, PolicyAndCritic, Quiet, Split, UnitActions, check_actions
 
-__all__ = ["UsageError", "evaluate", "make", "make_vec", "returns", "views"]
+__all__ = [
+    "EndlessEpisode", "Together", "UsageError", "evaluate", "literals", "make", "make_vec",
+    "returns", "views",
+]  # fmt: skip
 
 for task in ("PointMassMemory", "PointMassDoor"):
     gym.register(f"{task}-v0", f"envs.memory:{task}", max_episode_steps=1000)
@@ -92,10 +95,12 @@ def make(
             if env_kwargs.keys() - {"render_mode"} and isinstance(env.unwrapped, MujocoEnv):
                 env.reset()  # some values are not looked at before
                 env.step(np.zeros(env.action_space.shape))
-    except (
-        gym.error.Error, ImportError, TypeError, ValueError, ArithmeticError, OSError
-    ) as error:  # fmt: skip
+    except (gym.error.Error, ImportError) as error:
         raise UsageError(f"{env_id!r} cannot be made: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, OSError) as error:
+        if not env_kwargs.keys() - {"render_mode"}:
+            raise  # no argument of the user's is to blame, so it is a bug with a traceback
+        raise UsageError(f"{env_id!r} cannot be made with {env_kwargs}: {error}") from error
 
     modes = env.metadata.get("render_modes", [])
     if render_mode not in {None, *modes, *(f"{mode}_list" for mode in modes)}:
@@ -124,7 +129,7 @@ def make(
 
 def make_vec(
     env_id: str, num_envs: int = 1, *, video_folder: str | None = None, **options
-) -> gym.vector.VectorEnv:
+) -> Together:
     """`num_envs` environments of `make(env_id, **options)`, stepped together, one row a step.
 
     Actions lie in [-1, 1]. An episode of T steps fills T + 1 rows: the step after its last one
@@ -140,7 +145,7 @@ def make_vec(
         raise UsageError(f"num_envs is a whole number of at least 1, not {num_envs!r}.")
     makers = [functools.partial(_make_one, env_id, None, options) for _ in range(num_envs)]
     makers[0] = functools.partial(_make_one, env_id, video_folder, options)
-    env = gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
+    env = Together(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     env.critic_sees_more = env.get_attr("critic_sees_more")[0]
     return env
 

@@ -1,19 +1,63 @@
 """Whole episodes, played in several environments that are stepped together."""
 
+import ast
+import contextlib
+import json
+import os
+import random
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from envs.errors import UsageError
-from envs.wrappers import SUCCESS
+from envs.wrappers import SUCCESS, Checked
 
-LONGEST_EPISODE = 100_000  # steps of an evaluation
+LONGEST_EPISODE = 100_000  # steps, at least, that an evaluation waits for the end of an episode
+
+
+class EndlessEpisode(UsageError):
+    """An evaluation has waited for the end of an episode for too long."""
+
+
+class Together(gym.vector.SyncVectorEnv):
+    """Environments that are stepped one after the other, and that can score an agent."""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """As Gymnasium's; it seeds `random` and `np.random`, too, which some tasks draw from."""
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+        return super().reset(seed=seed, options=options)
+
+    def score(self, agent, episodes: int, seed: int, writer, step: int):
+        """Evaluate an agent in the midst of its training: `returns` of its `actor`.
+
+        They are printed, and go to the TensorBoard `writer` as `eval/...`. `best.pt` in its folder
+        has the weights whose stochastic return is the highest so far. Without result, and told, if
+        an episode does not end.
+        """
+        try:
+            result = returns(agent.actor, self, episodes, seed, step)
+        except EndlessEpisode as error:
+            return tqdm.write(f"step {step}: not evaluated, {error}")
+        for name, value in result.items():
+            writer.add_scalar(f"eval/{name}", value, step)
+        means = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+        tqdm.write(f"step {step}: {means}")
+
+        best, score = Path(writer.log_dir, "best.pt"), result["return_stochastic"]
+        if not best.is_file() or torch.load(best, weights_only=True)["score"] < score:
+            torch.save(dict(agent=agent.state_dict(), step=step, score=score), f"{best}.tmp")
+            os.replace(f"{best}.tmp", best)
 
 
 def evaluate(actor, env: gym.vector.VectorEnv, episodes: int, deterministic: bool, seed: int):
     """Play whole episodes by a policy with an internal state, an equal share in each environment.
 
-    The random numbers of training go on as if never used.
+    The random numbers of training go on as if never used, those of `random` and `np.random`, too.
 
     Args:
         actor: A module with `act(obs [N, O], z [N, Z], a_prev [N, A], deterministic)`, which
@@ -32,13 +76,14 @@ def evaluate(actor, env: gym.vector.VectorEnv, episodes: int, deterministic: boo
         `info["success"]` or `info["is_success"]`.
 
     Raises:
-        UsageError: An episode does not end within `LONGEST_EPISODE` steps.
+        EndlessEpisode: An episode does not end within `LONGEST_EPISODE` steps, nor within ten times
+            the longest that was played before.
     """
     device, n = next(actor.parameters()).device, env.num_envs
     shares = [len(range(i, episodes, n)) for i in range(n)]
     rows, played = [[] for _ in range(n)], [[] for _ in range(n)]
-    tells_success = False
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    tells_success, limit = False, max(LONGEST_EPISODE, 10 * Checked.longest)
+    with torch.no_grad(), own_random_numbers(device):
         torch.manual_seed(seed)
         obs, _ = env.reset(seed=seed)
         z = torch.zeros(n, actor.z_dim, device=device)
@@ -64,9 +109,9 @@ def evaluate(actor, env: gym.vector.VectorEnv, episodes: int, deterministic: boo
                 if final[i]:
                     played[i].append(_episode(rows[i]))
                     rows[i] = []
-                elif len(rows[i]) > LONGEST_EPISODE:
-                    raise UsageError(
-                        f"no end of an episode in {LONGEST_EPISODE} steps: set max_episode_steps"
+                elif len(rows[i]) > limit:
+                    raise EndlessEpisode(
+                        f"no end of an episode in {limit} steps: set max_episode_steps"
                     )
             keep = torch.as_tensor(~final, device=device).unsqueeze(-1)
             z, a_prev = z * keep, action * keep
@@ -76,6 +121,18 @@ def evaluate(actor, env: gym.vector.VectorEnv, episodes: int, deterministic: boo
         for episode in chosen:
             del episode["successes"]
     return chosen
+
+
+@contextlib.contextmanager
+def own_random_numbers(device: torch.device):
+    """What is drawn inside is not missed outside, from torch, `random` and `np.random`."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _episode(rows: list[dict]) -> dict[str, np.ndarray]:
@@ -100,3 +157,18 @@ def returns(actor, env: gym.vector.VectorEnv, episodes: int, *seed: int) -> dict
         if "successes" in played[0]:
             result[f"success_{mode}"] = float(np.mean([e["successes"].any() for e in played]))
     return result
+
+
+def literals(options) -> dict:
+    """{name: value} of a dict or of pairs, where text that is a Python or JSON literal is read.
+
+    "True", "null", "0.5", "(0.2, 1.0)" and '{"a": [1]}' are such; other text stays.
+    """
+    return {name: literal(value) for name, value in dict(options).items()}
+
+
+def literal(text):
+    for parse in ast.literal_eval, json.loads:
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return parse(text)
+    return text

@@ -1,5 +1,7 @@
 """What stands between an environment and a learner: checks, the two views, the unit of actions."""
 
+import contextlib
+
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
@@ -14,10 +16,15 @@ LARGEST = np.finfo(np.float32).max
 class Checked(gym.Wrapper, RecordConstructorArgs):
     """Stop at observations and rewards of another shape, and at those that float32 cannot hold.
 
+    An exception from within is given a note with the environment and the step. `Checked.longest`
+    is the number of steps of the longest episode that this process has played to its end.
+
     Raises:
         UsageError: The space of an observation is not a 1-D Box with at least one value, or a
             `Dict` of such at "policy" and "critic"; or a step is not as its space says.
     """
+
+    longest = 0
 
     def __init__(self, env: gym.Env):
         RecordConstructorArgs.__init__(self)
@@ -37,15 +44,27 @@ class Checked(gym.Wrapper, RecordConstructorArgs):
         self.observation_space = spaces.Dict(self.boxes) if self.is_dict else box
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        observation, info = self.env.reset(seed=seed, options=options)
         self.time = 0
+        with self.named():
+            observation, info = self.env.reset(seed=seed, options=options)
         return self.checked(observation), info
 
     def step(self, action):
-        observation, reward, terminated, truncated, info = self.env.step(action)
         self.time += 1
+        with self.named():
+            observation, reward, terminated, truncated, info = self.env.step(action)
         self.check("reward", reward, ())
+        if terminated or truncated:
+            Checked.longest = max(Checked.longest, self.time)
         return self.checked(observation), reward, terminated, truncated, info
+
+    @contextlib.contextmanager
+    def named(self):
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"in {self.env.spec.id!r}, at step {self.time} of an episode")
+            raise
 
     def checked(self, observation):
         if not self.is_dict:
@@ -146,7 +165,13 @@ class UnitActions(gym.ActionWrapper, RecordConstructorArgs):
         self.action_space = spaces.Box(-1, 1, self.box.shape, np.float32)
 
     def action(self, action: np.ndarray) -> np.ndarray:
-        """From [-1, 1] to the units of the environment, [..., A]."""
+        """From [-1, 1] to the units of the environment, [..., A].
+
+        Raises:
+            UsageError: The action is not finite.
+        """
+        if not np.isfinite(action).all():
+            raise UsageError("the action is not finite: training has diverged")
         share = 0.5 * (np.asarray(action, np.float64) + 1)
         scaled = self.low + share * (self.high - self.low)
         return np.minimum(np.maximum(scaled, self.low), self.high).astype(self.box.dtype)

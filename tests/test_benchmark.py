@@ -26,7 +26,7 @@ import evaluate
 import s2pg_ppo
 import s2pg_sac
 import s2pg_td3
-from benchmark import collect, memory, plot, sweep, update_time
+from benchmark import bandit, collect, latency, memory, plot, sweep, update_time
 from benchmark.claims import CLAIMS, Claim, Line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +93,7 @@ def test_a_method_overrides_its_task_and_claims_share_runs():
     assert [(args.hide, args.seed, args.cuda) for args in everything] == [("none", 3, False)] * 3
     whole = args_of("cue_recall", methods=["BPTT-SAC, L = the horizon"], seeds=(1,))
     assert [args.sequence_length for args in whole] == [20, 100, 300, 1000]
-    assert all(args.env_kwargs == {"wind": True} for args in args_of("ppo_in_wind", seeds=(1,)))
+    assert all(args.env_kwargs == [("wind", "True")] for args in args_of("ppo_in_wind", seeds=(1,)))
     assert args_of("td3", cuda=True)[0].cuda
     folders = {name: {run.folder for run in sweep.runs_of(CLAIMS[name], "out")} for name in CLAIMS}
     assert len(folders["state_size"] & folders["cells"]) == 3  # 32 units of a GRU, three seeds
@@ -140,6 +140,10 @@ def test_a_sweep_killed_at_any_time_finishes_what_is_left(capsys):
     assert "not finished" not in capsys.readouterr().out
     rows = rows_of("results/smoke.csv")
     assert list(rows[0]) == collect.COLUMNS and len(rows) == 2 * 4
+    with mock.patch.object(sweep, "is_done", lambda run: False):  # seeds 2 are not begun
+        call(collect, "smoke", "--results", "so_far", "--unfinished")
+    assert capsys.readouterr().out.count("not finished") == 4
+    assert rows_of("so_far/smoke.csv") == rows
     for label in CLAIMS["smoke"].methods:
         own = [row for row in rows if row["label"] == label]
         assert [row["step"] for row in own] == ["200", "400", "600", "800"]
@@ -686,3 +690,48 @@ def test_a_picture_has_a_curve_for_each_method_and_clock(monkeypatch):
     assert [len(panel.lines) for panel in axes if panel.get_visible()] == [3, 2, 2, 2, 2]
     assert [panel.get_title() for panel in axes if panel.get_visible()] == list(five)
     assert axes[0].get_position().y0 > axes[3].get_position().y1  # three in a row
+
+
+class EveryMode(torch.nn.Module):
+    """Acts at the centres of the bandit's modes in turn; with a step that changes nothing."""
+
+    steps, velocity = 1, torch.nn.Identity()
+
+    def __init__(self, modes):
+        super().__init__()
+        self.modes = modes
+
+    def act(self, obs, z, a_prev):
+        mode = torch.arange(len(obs)) % self.modes
+        return bandit.centres(obs)[mode, torch.arange(len(obs))], z
+
+    def forward(self, obs, z, a_prev):
+        return z, torch.zeros(len(obs), bandit.ACTION), z
+
+    def path(self, obs, g, log_std, noise):
+        x_0 = noise[0]
+        return [x_0, 0.5 * x_0], None
+
+
+@pytest.mark.parametrize("modes", [1, 3])
+def test_the_bandit_counts_modes_and_measures_gradients(modes):
+    found = bandit.measure(EveryMode(modes))
+    assert found["reward"] == pytest.approx(10) and modes <= found["modes"] < modes + 0.5
+    assert found["gain"] == pytest.approx(0.5) and found["std"] == 1
+
+
+def test_the_bandit_is_learned():
+    *_, row = bandit.run("Gaussian", 1, bandit.Args(updates=200))
+    assert row["reward"] > 5 and 1 <= row["modes"] < 2 and row["update"] == 200
+
+
+def test_the_latency_of_an_exported_policy(monkeypatch):
+    args = s2pg_sac.Args(env_id="InvertedPendulum-v4", hide="velocities")
+    env = s2pg_sac.make_env(args, 1)
+    actor = s2pg_sac.Agent(args, env, torch.device("cpu")).actor
+    evaluate.export(Path("policy.pt2"), vars(args), env, actor)
+    latency.main(Path("policy.pt2"), seconds=1, csv_file=Path("latency.csv"))
+    with open("latency.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert row["env_id"] == "InvertedPendulum-v4" and row["calls"] == "100"
+    assert float(row["cpu_ms"]) > 0 and 0 <= float(row["late_percent"]) <= 100

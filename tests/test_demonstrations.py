@@ -87,6 +87,28 @@ def test_actions_beyond_their_bounds_are_clipped_and_flags_may_be_numbers(path):
     assert [len(one["actions"]) for one in found] == [3, 2]
 
 
+@each("num_envs", [1, 3])
+def test_demonstrations_are_rows_as_environments_hand_them_out(num_envs):
+    random, lengths, episodes = np.random.default_rng(0), [4, 1, 6], []
+    for length in lengths:
+        names = "observations", "critic_observations"
+        episode = {name: random.random((length + 1, 2)) for name in names}
+        episode |= dict(actions=random.random((length, 1)), rewards=random.random(length))
+        episodes.append(episode | dict(terminations=np.arange(length) == length - 1))
+    rows = list(envs.demonstrations.rows(episodes, num_envs))
+    steps = sum(length + 1 for length in lengths) // num_envs
+    obs, _, actions, rewards, terminated, first = (np.stack(c).swapaxes(0, 1) for c in zip(*rows))
+    assert obs.shape == (num_envs, steps, 2)
+    together = np.concatenate([episode["observations"] for episode in episodes])
+    np.testing.assert_array_equal(obs.reshape(-1, 2), together[: num_envs * steps])
+    starts = np.cumsum([0, 5, 2])
+    assert np.flatnonzero(first.reshape(-1)).tolist() == starts.tolist()
+    finals = [start - 1 for start in [*starts[1:], 14] if start - 1 < num_envs * steps]
+    assert not actions.reshape(-1)[finals].any() and not rewards.reshape(-1)[finals].any()
+    ends = [f - 1 for f in [4, 6, 13] if f <= num_envs * steps]
+    assert np.flatnonzero(terminated.reshape(-1)).tolist() == ends
+
+
 # Written ------------------------------------------------------------------------------------------
 
 

@@ -524,7 +524,7 @@ IMAGE = spaces.Box(0, 1, (2, 2))
         ("Ant-v4", {"privileged_critic": None}, "privileged_critic is True or False, not None"),
         ("Ant-v4", {"colour": 1}, "unexpected keyword argument 'colour'"),
         ("Ant-v5", {"xml_file": "/no/ant.xml"}, "'Ant-v5' cannot be made.*/no/ant.xml"),
-        ("CueRecall-v0", {"horizon": 0}, "cannot be made: .*whole number of at least 1, not 0"),
+        ("CueRecall-v0", {"horizon": 0}, "cannot be made with .*whole number of at least 1, not 0"),
         ("CueRecall-v0", {"horizon": 2.5}, "whole number of at least 1, not 2.5"),
         ("CueRecall-v0", {"delayed": "yes"}, "delayed is True or False, not 'yes'"),
         ("Reacher-v5", {"hide": "velocities"}, "'Reacher-v5' is not.*Ant.*Walker2d.*structure"),

@@ -106,7 +106,7 @@ def test_it_prints_films_and_saves_the_same_episodes(stochastic, tmp_path, capsy
     episodes = envs.demonstrations.load(str(path), env)
     with np.load(path) as file:
         made_by, returns = json.loads(str(file["made_by"])), file["rewards"].reshape(9, 5).sum(1)
-    assert made_by["script"] == "s2pg_sac.py" and made_by["env_kwargs"] == dict(horizon=5)
+    assert made_by["script"] == "s2pg_sac.py" and made_by["env_kwargs"] == [["horizon", 5]]
     np.testing.assert_allclose(made_by["returns"], returns)
     modes = ["noise-free", "stochastic"]
     assert [line.split(":")[0] for line in lines[:2]] == modes
@@ -156,11 +156,11 @@ def test_it_tells_the_rate_of_success(tmp_path, monkeypatch, capsys):
         ("args.json", "{", "is no run"),
         ("args.json", "[]", "is no run"),
         ("args.json", "{}", "script"),
-        ("checkpoint.pt", "torn", "no checkpoint that fits"),
+        ("checkpoint.pt", "torn", "no checkpoint.pt that fits"),
         (None, dict(script="theirs.py"), "theirs.py, which does not lie beside evaluate.py"),
         (None, dict(utd=1), "utd"),
         (None, dict(gamma=2), "--gamma must be in"),
-        (None, dict(state_dim=7), "no checkpoint that fits"),
+        (None, dict(state_dim=7), "no checkpoint.pt that fits"),
         (None, dict(env_kwargs=dict(horizn=5)), "horizn"),
     ],
 )

@@ -304,7 +304,7 @@ def test_the_model_is_trained_on_all_real_rows_and_on_no_others():
     found = rp_pgm.model_losses(model, batch)
     expected = dict(model_error=errors, reward_error=rewards, termination_loss=nlls)
     torch.testing.assert_close(found, expected)
-    networks = model.dynamics, model.reward, model.termination
+    networks = model.dynamics, model.outcomes, model.outcomes
     for net, name in zip(networks, expected):
         mine, theirs = (gradients(loss[name], net.parameters()) for loss in (found, expected))
         torch.testing.assert_close(mine, theirs)
@@ -353,7 +353,7 @@ def test_normalised_layers_keep_their_norm_while_they_learn(coef):
         rp_pgm.power_iteration(dynamics)
     assert sigmas(dynamics)[:-1] == pytest.approx(3 * [coef], rel=2e-3)
     assert output > 1.2
-    assert min(sigmas(agent.model.reward)) == pytest.approx(1)  # not trained here
+    assert min(sigmas(agent.model.outcomes)) == pytest.approx(1)  # not trained here
 
 
 @pytest.mark.parametrize("layers, of_policy, of_model", [
@@ -367,7 +367,7 @@ def test_which_layers_are_normalised(chosen, layers, of_policy, of_model):
     ):  # fmt: skip
         found = [parametrize.is_parametrized(layer) for layer in net[::2]]
         assert found == [bool(one and chosen in (name, "both")) for one in expected]
-    others = [agent.critic, agent.model.reward, agent.model.termination]
+    others = [agent.critic, agent.model.outcomes]
     assert not any(parametrize.is_parametrized(m) for net in others for m in net.modules())
 
 

@@ -78,7 +78,7 @@ def test_shared_options_have_the_same_default(one, other):
     mine, theirs = defaults(one), defaults(other)
     shared = mine.keys() & theirs.keys()
     if "flow_sac" in (one.stem, other.stem):
-        shared -= {"state_dim"}  # as published, a flow has no internal state
+        shared -= {"state_dim", "alpha"}  # as published: no internal state, and .2
     if "rp_pgm" in (one.stem, other.stem):
         shared -= {"alpha"}  # as published, RP-PGM begins with a lower temperature
     if one.stem.split("_")[1] != other.stem.split("_")[1]:

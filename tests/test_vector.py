@@ -327,11 +327,16 @@ def test_returns_are_means_of_both_modes_and_each_seed_has_its_own_episodes(monk
 
 def test_an_episode_that_never_ends_is_answered_in_a_sentence(monkeypatch):
     monkeypatch.setattr(envs.vector, "LONGEST_EPISODE", 50)
-    with pytest.raises(envs.UsageError, match="in 50 steps: set max_episode_steps"):
+    monkeypatch.setattr(envs.wrappers.Checked, "longest", 3)
+    with pytest.raises(envs.EndlessEpisode, match="in 50 steps: set max_episode_steps"):
         envs.evaluate(Counter(action_dim=2), envs.make_vec("Scripted-v0", steps=51), 1, True, 0)
     limited = envs.make_vec("Scripted-v0", steps=99, max_episode_steps=50)
     (episode,) = envs.evaluate(Counter(action_dim=2), limited, 1, True, 0)
     assert episode["truncations"].sum() == 1 and not episode["terminations"].any()
+    (episode,) = envs.evaluate(
+        Counter(action_dim=2), envs.make_vec("Scripted-v0", steps=99), 1, True, 0
+    )
+    assert len(episode["rewards"]) == 99  # less than ten times the 50 of before
 
 
 def test_a_vector_environment_of_your_own_with_a_plain_observation_is_played():

@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import gymnasium as gym
@@ -17,9 +18,10 @@ import numpy as np
 
 from envs.errors import UsageError
 from envs.mujoco import RandomBodies, Wind
+from envs.vector import literals
 from envs.wrappers import PolicyAndCritic, UnitActions
 
-__all__ = ["load", "save"]
+__all__ = ["load", "rows", "save"]
 
 FOLDER = Path(__file__).parent
 SHIPPED = {None: "{}.npz", "shipped:stochastic": "{}-stochastic.npz"}
@@ -81,6 +83,28 @@ def load(source: str | None, env: gym.Env, episodes: int | None = None) -> list[
     if episodes is not None and not 1 <= episodes <= len(found):
         raise UsageError(f"{source} holds {len(found)} episodes, and {episodes} are asked for")
     return [_fit(episode, env, source) for episode in found[:episodes]]
+
+
+def rows(episodes: list[dict], num_envs: int = 1) -> Iterator[list[np.ndarray]]:
+    """The episodes of `load`, as `num_envs` environments stepped together would hand them out.
+
+    An episode of T steps is T + 1 rows; the last holds the final observation, and its action and
+    reward are zeros. All rows in sequence are cut into `num_envs` pieces of equal length.
+
+    Yields:
+        observations [N, O], critic_observations [N, S], actions [N, A], rewards, terminations and
+        `first`, whether the row begins an episode, [N].
+    """
+    names, parts = ("observations", "critic_observations", "actions", "rewards", "terminations"), []
+    for episode in episodes:
+        length = len(episode["observations"])
+        columns = [episode[name] for name in names]
+        columns = [np.concatenate([x, np.zeros_like(x[: length - len(x)])]) for x in columns]
+        parts.append([*columns, np.arange(length) == 0])
+    columns = [np.concatenate(column) for column in zip(*parts)]
+    steps = len(columns[0]) // num_envs
+    for t in range(steps):
+        yield [column[t : steps * num_envs : steps] for column in columns]
 
 
 def save(path: str, episodes: list[dict], env: gym.Env, made_by: dict):
@@ -254,7 +278,7 @@ def _variant_of(options, env_id):
     usual = gym.spec(env_id).kwargs | dict(wind=False, random_bodies=False)
     return {
         name: value
-        for name, value in (older | options["env_kwargs"]).items()
+        for name, value in (older | literals(options["env_kwargs"])).items()
         if name not in SAME_TASK and (name, value) not in usual.items()
     }
 

@@ -1,0 +1,138 @@
+"""How well do the velocities of flow_sac.py, and a Gaussian, learn four modes at once?
+
+    python benchmark/bandit.py
+
+A bandit whose reward is known, so that nothing but the policy is learned, by the actor's loss of
+flow_sac.py, with its temperature and its target entropies. With o ~ N(0, I) in 8 dimensions and a
+in [-1, 1]^4:
+
+    r(o, a) = 10 max_j exp(-|a - m_j(o)|^2 / (2 .3^2)),   m_j(o) = .8 tanh(W_j o), j = 1 .. 4
+
+Written to --out: a CSV with a row for each policy, K, seed and every 100th update: the mean reward;
+the mean number of modes that 64 actions for the same o reach, to within a reward of 5; and the mean
+norms of dr/dx_k along the path, relative to the last.
+"""
+
+import csv
+import dataclasses
+import math
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import sys  # isort: skip
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import flow_sac
+
+OBS, ACTION, MODES, STD = 8, 4, 4, 0.3
+ENDS = "reward", "modes", "gain"  # what is printed of the last update
+POLICIES = {  # label: velocity, width, and K
+    "Gaussian": ("none", 256, 1),
+    **{f"naive flow, K = {k}": ("mlp", 256, k) for k in (4, 16)},
+    **{f"Flow-G, K = {k}": ("flow_g", 256, k) for k in (4, 16)},
+    **{f"Flow-T, K = {k}": ("flow_t", 96, k) for k in (4, 16)},
+}
+
+
+@dataclasses.dataclass
+class Args:
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """of the networks and the noise"""
+    updates: int = 2_000
+    """gradient steps of a run"""
+    learning_rate: float = 1e-3
+    """of Adam"""
+    alpha_lr: float = 1e-2
+    """learning rate of log alpha, which begins with log .2"""
+    out: str = "benchmark/results/bandit"
+    """path of the CSV, without its suffix"""
+
+
+def centres(obs):
+    """m_j(o) [4, B, 4], the same in all runs."""
+    w = torch.randn(MODES, OBS, ACTION, generator=torch.Generator().manual_seed(0))
+    return 0.8 * torch.tanh(obs @ w / math.sqrt(OBS))
+
+
+def closeness(obs, action):
+    """Rewards [4, B] of each mode alone."""
+    return 10 * torch.exp(-(action - centres(obs)).square().sum(-1) / (2 * STD**2))
+
+
+def critic(obs, action, *_):
+    """The reward as both of two critics [2, B]."""
+    return closeness(obs, action).amax(0).expand(2, -1)
+
+
+def batch(size):
+    obs = torch.randn(size, OBS)
+    nothing, weight = torch.zeros(size, 0), torch.full((size,), 1 / size)
+    return SimpleNamespace(
+        obs=obs, state=obs, z=nothing, next_z=nothing, a_prev=torch.zeros(size, ACTION),
+        weight=weight,
+    )  # fmt: skip
+
+
+def measure(actor):
+    """Reward and number of modes of the policy, and the profile of the gradients along its path."""
+    test = batch(256)
+    with torch.no_grad():
+        obs, z, a_prev = (x.repeat_interleave(64, 0) for x in (test.obs, test.z, test.a_prev))
+        near = closeness(obs, actor.act(obs, z, a_prev)[0])
+    reached = (near > 5).view(MODES, len(test.obs), 64).any(-1).sum(0)
+    gradients = flow_sac.path_gradients(actor, critic, test)
+    last = gradients[f"flow/gradient_{actor.steps}"]
+    profile = [float(gradients[f"flow/gradient_{k}"] / last) for k in range(actor.steps)]
+    return dict(
+        reward=float(near.amax(0).mean()), modes=float(reached.float().mean()),
+        std=float(gradients["flow/std"]), gain=profile[0],
+        profile=" ".join(f"{share:.3g}" for share in profile),
+    )  # fmt: skip
+
+
+def run(label, seed, args):
+    """The rows of one run."""
+    velocity, width, steps = POLICIES[label]
+    torch.manual_seed(seed)
+    options = flow_sac.Args(velocity=velocity, flow_width=width, flow_steps=steps)
+    actor = flow_sac.FlowActor(OBS, ACTION, options)
+    log_alpha, target = torch.tensor(0.2).log().requires_grad_(), -ACTION * (velocity == "none")
+    parts = [dict(params=list(actor.parameters())), dict(params=[log_alpha], lr=args.alpha_lr)]
+    optimizer, seconds = torch.optim.Adam(parts, args.learning_rate), 0.0
+    for update in range(1, args.updates + 1):
+        start = time.time()
+        alpha = log_alpha.detach().exp()
+        loss, _, entropy, _ = flow_sac.soft_actor_loss(actor, critic, batch(256), alpha, alpha)
+        flow_sac.descend(optimizer, loss + log_alpha.exp() * (entropy - target))
+        seconds += time.time() - start
+        if update % 100 == 0:
+            row = dict(policy=label, seed=seed, update=update, seconds=round(seconds, 2))
+            yield row | measure(actor)
+
+
+def main(args):
+    torch.set_num_threads(1)
+    runs = [(label, seed) for seed in args.seeds for label in POLICIES]
+    own = dict(learning_rate=args.learning_rate, alpha_lr=args.alpha_lr, torch=torch.__version__)
+    ends = {label: [] for label in POLICIES}
+    with open(f"{args.out}.csv", "w", newline="") as file:
+        for label, seed in tqdm(runs):
+            rows = [row | own for row in run(label, seed, args)]
+            writer = csv.DictWriter(file, rows[0])
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerows(rows)
+            file.flush()
+            ends[label].append(rows[-1])
+    for label, rows in ends.items():
+        means = [f"{name} {sum(r[name] for r in rows) / len(rows):.3g}" for name in ENDS]
+        print(f"{label:20}", ", ".join(means))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -30,17 +30,18 @@ def best_return(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(name, options, enough=ENOUGH):
-        script, evaluate, returns = importlib.import_module(name), envs.returns, []
+        script, evaluate, returns = importlib.import_module(name), envs.vector.returns, []
 
         def evaluate_and_judge(*args):
-            returns.append(evaluate(*args)["return_stochastic"])
+            result = evaluate(*args)
+            returns.append(result["return_stochastic"])
             if returns[-1] >= enough:
                 raise Learned
-            return {}
+            return result
 
         command = f"{name}.py --eval-episodes 16 {options}"
         monkeypatch.setattr("sys.argv", command.split())
-        monkeypatch.setattr(envs, "returns", evaluate_and_judge)
+        monkeypatch.setattr(envs.vector, "returns", evaluate_and_judge)
         try:
             script.train(script.parse_args())
         except Learned:

@@ -8,9 +8,9 @@ in [-1, 1]^4:
 
     r(o, a) = 10 max_j exp(-|a - m_j(o)|^2 / (2 .3^2)),   m_j(o) = .8 tanh(W_j o), j = 1 .. 4
 
-Written to --out: a CSV with a row for each policy, K, seed and every 100th update: the mean reward;
-the mean number of modes that 64 actions for the same o reach, to within a reward of 5; and the mean
-norms of dr/dx_k along the path, relative to the last.
+Written to --out, and continued if it is there: a CSV with a row for each policy, K, seed and every
+100th update. It has the mean reward; the mean number of modes that 64 actions for the same o reach,
+to within a reward of 5; and the mean norms of dr/dx_k along the path, relative to the last.
 """
 
 import csv
@@ -43,12 +43,14 @@ POLICIES = {  # label: velocity, width, and K
 class Args:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """of the networks and the noise"""
-    updates: int = 2_000
+    updates: int = 1_000
     """gradient steps of a run"""
     learning_rate: float = 1e-3
     """of Adam"""
     alpha_lr: float = 1e-2
-    """learning rate of log alpha, which begins with log .2"""
+    """learning rate of log alpha"""
+    alpha: float = 0.01
+    """initial temperature: with .2 the noise of 16 steps first grows, and does not come back"""
     out: str = "benchmark/results/bandit"
     """path of the CSV, without its suffix"""
 
@@ -101,7 +103,10 @@ def run(label, seed, args):
     torch.manual_seed(seed)
     options = flow_sac.Args(velocity=velocity, flow_width=width, flow_steps=steps)
     actor = flow_sac.FlowActor(OBS, ACTION, options)
-    log_alpha, target = torch.tensor(0.2).log().requires_grad_(), -ACTION * (velocity == "none")
+    log_alpha, target = (
+        torch.tensor(args.alpha).log().requires_grad_(),
+        -ACTION * (velocity == "none"),
+    )
     parts = [dict(params=list(actor.parameters())), dict(params=[log_alpha], lr=args.alpha_lr)]
     optimizer, seconds = torch.optim.Adam(parts, args.learning_rate), 0.0
     for update in range(1, args.updates + 1):
@@ -117,21 +122,25 @@ def run(label, seed, args):
 
 def main(args):
     torch.set_num_threads(1)
+    path, rows = Path(f"{args.out}.csv"), []
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    done = {(row["policy"], int(row["seed"])) for row in rows}
     runs = [(label, seed) for seed in args.seeds for label in POLICIES]
-    own = dict(learning_rate=args.learning_rate, alpha_lr=args.alpha_lr, torch=torch.__version__)
-    ends = {label: [] for label in POLICIES}
-    with open(f"{args.out}.csv", "w", newline="") as file:
-        for label, seed in tqdm(runs):
-            rows = [row | own for row in run(label, seed, args)]
-            writer = csv.DictWriter(file, rows[0])
-            if file.tell() == 0:
-                writer.writeheader()
+    own = dict(learning_rate=args.learning_rate, alpha=args.alpha, alpha_lr=args.alpha_lr)
+    own |= dict(torch=torch.__version__)
+    for label, seed in tqdm([run for run in runs if run not in done]):
+        rows += [row | own for row in run(label, seed, args)]
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
             writer.writerows(rows)
-            file.flush()
-            ends[label].append(rows[-1])
-    for label, rows in ends.items():
-        means = [f"{name} {sum(r[name] for r in rows) / len(rows):.3g}" for name in ENDS]
-        print(f"{label:20}", ", ".join(means))
+    for label in POLICIES:
+        ends = [r for r in rows if r["policy"] == label and int(r["update"]) == args.updates]
+        for name in ENDS:
+            values = [float(row[name]) for row in ends]
+            print(f"{label:20} {name:8}", " ".join(f"{value:.3g}" for value in values))
 
 
 if __name__ == "__main__":

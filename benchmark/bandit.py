@@ -51,6 +51,10 @@ class Args:
     out: str = "benchmark/results/bandit"
     """path of the CSV, without its suffix"""
 
+    def __post_init__(self):
+        if self.updates < 100 or not self.seeds or not Path(self.out).parent.is_dir():
+            sys.exit("--updates must be at least 100, --seeds some, and --out in a folder there is")
+
 
 def centres(obs):
     """m_j(o) [4, B, 4], the same in all runs."""

@@ -721,7 +721,7 @@ def test_the_bandit_counts_modes_and_measures_gradients(modes):
 
 
 def test_the_bandit_is_learned():
-    *_, row = bandit.run("Gaussian", 1, bandit.Args(updates=200))
+    *_, row = bandit.run("Gaussian", 1, bandit.Args(updates=200, out="bandit"))
     assert row["reward"] > 5 and 1 <= row["modes"] < 2 and row["update"] == 200
 
 
@@ -735,3 +735,9 @@ def test_the_latency_of_an_exported_policy(monkeypatch):
         (row,) = csv.DictReader(file)
     assert row["env_id"] == "InvertedPendulum-v4" and row["calls"] == "100"
     assert float(row["cpu_ms"]) > 0 and 0 <= float(row["late_percent"]) <= 100
+
+
+@pytest.mark.parametrize("wrong", [dict(updates=99), dict(seeds=()), dict(out="nowhere/bandit")])
+def test_a_bandit_that_cannot_be_run_is_answered_in_a_sentence(wrong):
+    with pytest.raises(SystemExit, match="--updates must be at least 100"):
+        bandit.Args(**dict(out="bandit") | wrong)

@@ -49,7 +49,7 @@ class Options:
     stochastic: bool = False  # film and save the stochastic episodes, not the noise-free ones
     capture_video: bool = False  # film the first environment, into RUN/videos
     save_demonstrations: Path | None = None  # write the episodes to this .npz file
-    export: Path | None = None  # write the policy, noise-free, to this .pt2 file
+    export: Path | None = None  # write the policy, noise-free, to this .pt2 file, and play nothing
 
     def __post_init__(self):
         if self.episodes < 1 or self.seed < 0:
@@ -163,6 +163,10 @@ def export(path, saved, env, actor):
 
 
 def main(options):
+    if options.export:  # where the environment is a robot, it does not move
+        saved, env, agent = load(options.run, 1, best=options.best)
+        export(options.export, saved, env, agent.actor)
+        return env.close()
     num_envs = min(options.episodes, 8)
     seed = int(np.random.SeedSequence(options.seed).generate_state(1)[0] >> 1)
     chosen = "stochastic" if options.stochastic else "noise-free"
@@ -188,8 +192,6 @@ def main(options):
             print(video)
         else:  # cut short, when the other environments had played their share
             video.unlink()
-    if options.export:
-        export(options.export, saved, env, agent.actor)
 
 
 if __name__ == "__main__":

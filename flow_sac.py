@@ -7,7 +7,7 @@ make an action of noise, and the actor's loss is differentiated through all of t
     x_0 ~ N(0, I),   x_{k+1} = x_k + v(x_k, k/K, o) / K + std(o) eps_k,   a = tanh(x_K)
     log pi = log N(x_0; 0, I) + sum_k log N(x_{k+1}; x_k + v / K, std^2) - sum log(1 - a^2)
 
-A residual recurrent network: dQ/dx_0 is dQ/dx_K times K Jacobians. Two velocities are to bound it:
+As in a recurrent network, dQ/dx_0 is dQ/dx_K times K Jacobians. Two velocities shall bound it:
 
     flow_g   v = G (C - x), with a gate G and a candidate C, as in a gated recurrent cell
     flow_t   v is a transformer's decoder block, whose memory is the observation
@@ -43,9 +43,9 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, or yours: module:Id-v0
-    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the task: wind True
-    hide: Literal["none", "velocities", "positions"] = "none"  # from the policy, in MuJoCo tasks
+    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, or module:Id-v0; sets some defaults
+    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of its constructor: wind True
+    hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
     privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, z)
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
@@ -66,20 +66,20 @@ class Args:
     target_entropy_z: float = -1.0  # nats per component of z: -1 is a std of .09, -3 of .012
     refresh: bool = True  # rewrite the stored z after the sampled rows
 
-    velocity: Literal["mlp", "flow_g", "flow_t", "none"] = "flow_g"  # "none": a Gaussian policy
-    flow_steps: int = 4  # K
-    flow_width: int = 256  # of the hidden layers of v
+    velocity: Literal["mlp", "flow_g", "flow_t", "none"] = "flow_g"  # "none": a Gaussian
+    flow_steps: int = 4  # K, steps from noise to an action
+    flow_width: int = 256  # width of the hidden layers of v
     draw_x0: bool = False  # draw x_0 in a noise-free evaluation, too; otherwise it is 0
     state_dim: int = 0  # size of the internal state, that of a GRU; 0 for none
-    critic: Literal["target", "crossq"] = "target"  # or CrossQ: none, batch renorm, width 1024
+    critic: Literal["target", "crossq"] = "target"  # or CrossQ: no targets, batch renorm, wide
 
     seed: int = 1  # of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     resume: str | None = None  # folder of a run to go on with, and with its options
-    save_buffer: bool = False  # in checkpoints; otherwise a resumed run refills it
+    save_buffer: bool = False  # keep the buffer in checkpoints; otherwise a resumed run refills it
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
-    eval_episodes: int = 5  # and as many noise-free; 0: no second environment
+    eval_episodes: int = 5  # stochastic ones, and as many noise-free; 0 for none
     track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
     cuda: bool = True  # use a CUDA card where there is one
     num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
@@ -167,7 +167,7 @@ class VelocityT(nn.Module):
 
 
 class FlowActor(nn.Module):
-    """The joint kernel pi(a, z' | o, z, a_prev): a flow for a, a squashed Gaussian for z'.
+    """The joint policy pi(a, z' | o, z, a_prev): a flow for a, a squashed Gaussian for z'.
 
     A recurrent cell gives g, the next internal state without noise. The internal-state kernel
     spreads z' around g, the flow is conditioned on (o, g). With `state_dim` 0 there is no z. A
@@ -394,11 +394,11 @@ def soft_actor_loss(actor, critic, batch, alpha, alpha_z):
 
     Also the sample z~' [B, Z] and the entropies of pi_a and pi_z, detached.
     """
-    a, z, log_pi_a, log_pi_z = actor.sample(batch.obs, batch.z, batch.a_prev)
-    q = critic(batch.state, a, z, batch.a_prev).amin(0)
+    a, z_next, log_pi_a, log_pi_z = actor.sample(batch.obs, batch.z, batch.a_prev)
+    q = critic(batch.state, a, z_next, batch.a_prev).amin(0)
     loss = (batch.weight * (alpha * log_pi_a + alpha_z * log_pi_z - q)).sum()
     entropy, entropy_z = -(batch.weight * log_pi_a).sum(), -(batch.weight * log_pi_z).sum()
-    return loss, z.detach(), entropy.detach(), entropy_z.detach()
+    return loss, z_next.detach(), entropy.detach(), entropy_z.detach()
 
 
 def path_gradients(actor, critic, batch):
@@ -429,8 +429,8 @@ class FlowSAC(nn.Module):
         self.actor = FlowActor(obs_dim, action_dim, args)
         self.z_dim = self.actor.z_dim
         # a critic that is told no more than the policy gets z, in case that o is not Markov
-        state_dim = critic_dim if privileged else obs_dim + self.z_dim
-        inputs = state_dim + action_dim + self.z_dim + action_dim  # s, a, z', a_prev
+        critic_state = critic_dim if privileged else obs_dim + self.z_dim
+        inputs = critic_state + action_dim + self.z_dim + action_dim  # s, a, z', a_prev
         width, norm = (256, nn.Identity) if args.critic == "target" else (1024, BatchRenorm)
         self.critic, self.target_critic = SoftCritic(inputs, width, norm).eval(), None
         if args.critic == "target":

@@ -40,9 +40,9 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, or yours: module:Id-v0
-    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the task: wind True
-    hide: Literal["none", "velocities", "positions"] = "none"  # from the policy, in MuJoCo tasks
+    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, or module:Id-v0; sets some defaults
+    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of its constructor: wind True
+    hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
     privileged_critic: bool = False  # the critic sees the whole state in place of o
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
@@ -73,7 +73,7 @@ class Args:
     resume: str | None = None  # folder of a run to go on with, and with its options
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
-    eval_episodes: int = 5  # and as many noise-free; 0: no second environment
+    eval_episodes: int = 5  # stochastic ones, and as many noise-free; 0 for none
     track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
     cuda: bool = True  # use a CUDA card where there is one
     num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
@@ -109,7 +109,7 @@ TUNED = {  # defaults that differ by task; options on the command line come befo
 
 
 class GaussianStatefulActor(nn.Module):
-    """The joint kernel pi(a, z' | o, z, a_prev), a diagonal Gaussian whose std is a parameter.
+    """The joint policy pi(a, z' | o, z, a_prev), a diagonal Gaussian whose std is a parameter.
 
     A recurrent cell gives the mean of z', from which the policy reads the mean of a. It reads the
     mean and not the sample z', so a and z' are conditionally independent.

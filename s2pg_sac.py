@@ -39,9 +39,9 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, or yours: module:Id-v0
-    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the task: wind True
-    hide: Literal["none", "velocities", "positions"] = "none"  # from the policy, in MuJoCo tasks
+    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, or module:Id-v0; sets some defaults
+    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of its constructor: wind True
+    hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
     privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, z)
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
@@ -70,10 +70,10 @@ class Args:
     seed: int = 1  # of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     resume: str | None = None  # folder of a run to go on with, and with its options
-    save_buffer: bool = False  # in checkpoints; otherwise a resumed run refills it
+    save_buffer: bool = False  # keep the buffer in checkpoints; otherwise a resumed run refills it
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
-    eval_episodes: int = 5  # and as many noise-free; 0: no second environment
+    eval_episodes: int = 5  # stochastic ones, and as many noise-free; 0 for none
     track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
     cuda: bool = True  # use a CUDA card where there is one
     num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
@@ -114,7 +114,7 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
 
 class StochasticStatefulActor(nn.Module):
-    """The joint kernel pi(a, z' | o, z, a_prev), a squashed diagonal Gaussian.
+    """The joint policy pi(a, z' | o, z, a_prev), a squashed diagonal Gaussian.
 
     A recurrent cell gives g, the next internal state without noise. The internal-state kernel
     spreads z' around g, the stateless policy reads (o, g). It does not read the sample z', so a and
@@ -320,11 +320,11 @@ def soft_actor_loss(actor, critic, batch, alpha, alpha_z):
 
     Also the sample z~' [B, Z] and the entropies of pi_a and pi_z, detached.
     """
-    a, z, log_pi_a, log_pi_z = actor.sample(batch.obs, batch.z, batch.a_prev)
-    q = critic(batch.state, a, z, batch.a_prev).amin(0)
+    a, z_next, log_pi_a, log_pi_z = actor.sample(batch.obs, batch.z, batch.a_prev)
+    q = critic(batch.state, a, z_next, batch.a_prev).amin(0)
     loss = (batch.weight * (alpha * log_pi_a + alpha_z * log_pi_z - q)).sum()
     entropy, entropy_z = -(batch.weight * log_pi_a).sum(), -(batch.weight * log_pi_z).sum()
-    return loss, z.detach(), entropy.detach(), entropy_z.detach()
+    return loss, z_next.detach(), entropy.detach(), entropy_z.detach()
 
 
 class S2PGSAC(nn.Module):
@@ -340,8 +340,8 @@ class S2PGSAC(nn.Module):
         self.actor = StochasticStatefulActor(obs_dim, action_dim, args)
         self.z_dim = self.actor.z_dim
         # a critic that is told no more than the policy gets z, in case that o is not Markov
-        state_dim = critic_dim if privileged else obs_dim + self.z_dim
-        inputs = state_dim + action_dim + self.z_dim + action_dim  # s, a, z', a_prev
+        critic_state = critic_dim if privileged else obs_dim + self.z_dim
+        inputs = critic_state + action_dim + self.z_dim + action_dim  # s, a, z', a_prev
         self.critic, self.target_critic = TwinCritic(inputs), TwinCritic(inputs)
         self.target_critic.requires_grad_(False).load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log())

@@ -387,7 +387,7 @@ def overview(results, short=False):
 
     Bold is a method of which each seed ends above each seed of the others.
     """
-    header = ["task", "steps", "S2PG", "BPTT", "no memory", "claim"]
+    header = ["task", "steps", "S2PG", "BPTT", "no memory", "experiment"]
     lines = [header, ["---"] * len(header)]
     for line in [line for line in OVERVIEW if line.readme or not short]:
         path = results / f"{line.claim}.csv"

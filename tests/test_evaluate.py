@@ -65,8 +65,8 @@ def test_an_exported_policy_acts_as_in_the_evaluation(tmp_path):
     ]:  # fmt: skip
         script = importlib.import_module(name)
         run = make_run(tmp_path / str(len(runs)), script, **ROBOT, **options)
-        files = dict(save_demonstrations=run / "demo.npz", export=run / "policy.pt2")
-        evaluate.main(evaluate.Options(run, episodes=2, **files))
+        evaluate.main(evaluate.Options(run, episodes=2, save_demonstrations=run / "demo.npz"))
+        evaluate.main(evaluate.Options(run, export=run / "policy.pt2"))
         with np.load(run / "demo.npz") as file:
             runs, demonstrations = [*runs, run], [*demonstrations, file["actions"]]
             np.testing.assert_allclose(file["actions"][:, 0], file["rewards"], rtol=1e-5)
@@ -79,9 +79,10 @@ def test_an_exported_policy_acts_as_in_the_evaluation(tmp_path):
         np.testing.assert_allclose(actions, demo, rtol=0, atol=1e-5)
 
 
-def test_an_exported_policy_says_what_it_sees_and_does(tmp_path):
+def test_an_exported_policy_says_what_it_sees_and_does(tmp_path, capsys):
     run = make_run(tmp_path, **PENDULUM, env_kwargs={})
-    evaluate.main(evaluate.Options(run, episodes=1, export=tmp_path / "policy.pt2"))
+    evaluate.main(evaluate.Options(run, export=tmp_path / "policy.pt2"))
+    assert not capsys.readouterr().out  # nothing is played
     files = {"policy.json": ""}
     torch.export.load(tmp_path / "policy.pt2", extra_files=files)
     about = json.loads(files["policy.json"])
@@ -192,5 +193,5 @@ def test_an_action_that_is_held_cannot_be_exported(tmp_path):
     """The environment does not tell what the policy did there, and a_prev needs it."""
     run = make_run(tmp_path, **ROBOT, env_kwargs=dict(low=2.5))
     with pytest.raises(SystemExit, match="bounds are equal"):
-        evaluate.main(evaluate.Options(run, episodes=1, export=tmp_path / "policy.pt2"))
+        evaluate.main(evaluate.Options(run, export=tmp_path / "policy.pt2"))
     assert not list(tmp_path.glob("policy.*"))

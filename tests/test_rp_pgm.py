@@ -535,8 +535,9 @@ def test_a_run_is_stopped_goes_on_and_its_policy_is_exported(tmp_path, monkeypat
     monkeypatch.setattr("sys.argv", ["rp_pgm.py", "--resume", str(run)])
     rp_pgm.train(rp_pgm.parse_args())
     assert counts == 10 * [0] + (len(counts) - 10) * [2] and len(counts) > 35
-    evaluate.main(evaluate.Options(run, episodes=2, export=tmp_path / "policy.pt2"))
+    evaluate.main(evaluate.Options(run, episodes=2))
     assert "2 episodes" in capsys.readouterr().out
+    evaluate.main(evaluate.Options(run, export=tmp_path / "policy.pt2"))
     program = torch.export.load(tmp_path / "policy.pt2").module()
     obs = torch.full((2,), 0.3)
     action, z = program(obs, torch.zeros(1), torch.zeros(1))

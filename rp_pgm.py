@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, or module:Id-v0; sets some defaults
+    env_id: str = "InvertedPendulum-v4"  # Gymnasium id or module:Id-v0; sets defaults
     env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of its constructor: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
     num_envs: int = 1  # environments stepped together
@@ -76,7 +76,7 @@ class Args:
     seed: int = 1  # of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     resume: str | None = None  # folder of a run to go on with, and with its options
-    save_buffer: bool = False  # keep the buffer in checkpoints; otherwise a resumed run refills it
+    save_buffer: bool = False  # save the buffer, too; a resumed run refills it otherwise
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
     eval_episodes: int = 5  # stochastic ones, and as many noise-free; 0 for none

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "InvertedPendulum-v4"  # a Gymnasium id, or module:Id-v0; sets some defaults
+    env_id: str = "InvertedPendulum-v4"  # Gymnasium id or module:Id-v0; sets defaults
     env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of its constructor: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
     privileged_critic: bool = False  # the critic sees the whole state in place of o

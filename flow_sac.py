@@ -107,9 +107,9 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
 
 class VelocityMLP(nn.Module):
-    """v(x, t, o) of two hidden layers. `context`, what depends on o alone, is computed once.
+    """v(x, t, o) of two hidden layers. `context`, the part of o, is computed once for all steps.
 
-    Shapes, here and below: x, v [B, A]; t [B, 1] in [0, 1); o stands for (o, g).
+    Shapes, here and below: x, v [B, A]; t [B, 1] in [0, 1); o is (o, g) where there is a memory.
     """
 
     def __init__(self, inputs, dim, width):
@@ -373,8 +373,8 @@ class TransitionBuffer:
 def flow_critic_loss(actor, critic, target_critic, batch, alpha, gamma):
     """sum_i E[(Q_i(s, a, z', a_prev) - y)^2]; also Q_1, Q_2 [2, B].
 
-    y = r + gamma (1 - d) [min_i Q'_i(s', a'', z'', a) - alpha log pi_a(a'' | o', z', a)]. CrossQ,
-    arXiv 1902.05605, has no target critic: Q' is Q, and both sides are one batch to its norms.
+    y = r + gamma (1 - d) [min_i Q'_i(s', a'', z'', a) - alpha log pi_a(a'' | o', z', a)], d is
+    `terminated`. CrossQ, arXiv 1902.05605, has no Q': it is Q, and both sides are one batch.
     """
     with torch.no_grad():
         a, z, log_pi_a, _ = actor.sample(batch.next_obs, batch.next_z, batch.action)
@@ -410,7 +410,7 @@ def path_gradients(actor, critic, batch):
     path, _ = actor.path(batch.obs, g, log_std, noise)
     hook.remove()
     q = critic(batch.state, torch.tanh(path[-1]), batch.next_z, batch.a_prev).amin(0)
-    norms = [gradient.norm(dim=-1).mean() for gradient in torch.autograd.grad(q.sum(), path)]
+    norms = [(batch.weight * d.norm(dim=-1)).sum() for d in torch.autograd.grad(q.sum(), path)]
     result = {f"flow/gradient_{k}": norm for k, norm in enumerate(norms)}
     result |= {"flow/gain": norms[0] / norms[-1], "flow/std": log_std.detach().exp().mean()}
     return result | {"flow/gate": sum(gates) / actor.steps}
@@ -631,7 +631,7 @@ def train(args):
         if global_step < args.learning_starts:
             action = 2 * torch.rand_like(action) - 1
         a = action.cpu().numpy()
-        for _ in range(updates_due // args.policy_frequency):  # a card works, while env steps
+        for _ in range(updates_due // args.policy_frequency):  # a card works while `env` steps
             metrics = agent.update(buffer)
         updates_due %= args.policy_frequency
         try:

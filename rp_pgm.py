@@ -63,7 +63,7 @@ class Args:
     estimator: Literal["dp", "dr", "model-free"] = "dp"  # predictions, real segments, h = 0
     horizon: int = 3  # model steps h that the actor's gradient flows through
     spectral_norm: Literal["model", "policy", "both", "none"] = "both"  # of these networks
-    sn_layers: Literal["reference", "all"] = "reference"  # without outputs and the policy's first
+    sn_layers: Literal["reference", "all"] = "reference"  # all but outputs and the policy's first
     sn_coef: float = 1.0  # c, the spectral norm of a normalised layer
     model_lr: float = 1e-3  # learning rate of the model
     model_updates: int = 1  # updates of the model for each of the rest
@@ -152,7 +152,7 @@ class SpectralNorm(nn.Module):
     def __init__(self, weight, coef):
         super().__init__()
         self.coef = coef
-        # the largest singular vector where all singular values are one: any that W does not shrink
+        # W is orthogonal: a v in its row space is a largest singular vector
         self.register_buffer("v", F.normalize(weight.detach().sum(0), dim=0))
 
     def forward(self, weight):
@@ -351,8 +351,8 @@ def observed(predicted, seen, real):
 def unrolled_return(actor, critic, model, batch, alpha, args, horizon):
     """J_h [B] of the docstring at the top, from the first states of a batch of segments.
 
-    With dr, zeta and xi are what makes a_t and s_{t+1} those of the segment; reward and termination
-    have its values, too. Behind the end of an episode nothing is real, and zeta is drawn.
+    With dr, zeta and xi are what makes a_t and s_{t+1} those of the segment; r and d get its values
+    and the model's derivatives. Behind the end of an episode nothing is real, and zeta is drawn.
     """
     replays = args.estimator == "dr" and horizon > 0
     x, discount, objective = batch.x[0], 1.0, 0.0
@@ -379,7 +379,7 @@ def unrolled_return(actor, critic, model, batch, alpha, args, horizon):
 
 
 def gradient_variance(objective, parameters):
-    """Total variance of the gradients of `objective` [N], one each, and that over |mean|^2."""
+    """Total variance of the gradients of `objective` [N], and that over |mean|^2: below about N."""
     parameters, gradients = list(parameters), []
     for value in objective:
         gradient = torch.autograd.grad(value, parameters, retain_graph=True)

@@ -15,6 +15,7 @@ to within a reward of 5; and the mean norms of dr/dx_k along the path, relative 
 import csv
 import dataclasses
 import math
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +23,6 @@ from types import SimpleNamespace
 import torch
 import tyro
 from tqdm import tqdm
-
-import sys  # isort: skip
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import flow_sac
@@ -40,20 +39,19 @@ POLICIES = {  # label: velocity, width, and K
 
 @dataclasses.dataclass
 class Args:
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    """of the networks and the noise"""
-    updates: int = 600
-    """gradient steps of a run"""
-    learning_rate: float = 1e-3
-    """of Adam"""
-    alpha: float = 1e-3
-    """temperature; much more, and the entropy of 16 steps outweighs the reward"""
-    out: str = "benchmark/results/bandit"
-    """path of the CSV, without its suffix"""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # of the networks and the noise
+    updates: int = 600  # gradient steps of a run
+    learning_rate: float = 1e-3  # of Adam
+    alpha: float = 1e-3  # temperature; with more, the entropy of 16 steps outweighs the reward
+    out: str = "benchmark/results/bandit"  # path of the CSV, without its suffix
 
     def __post_init__(self):
-        if self.updates < 100 or not self.seeds or not Path(self.out).parent.is_dir():
-            sys.exit("--updates must be at least 100, --seeds some, and --out in a folder there is")
+        if self.updates < 100 or self.updates % 100 or not self.seeds:
+            sys.exit("--updates must be a multiple of 100, and --seeds some")
+        if not (0 < self.learning_rate < 1 and 0 <= self.alpha < 1):
+            sys.exit("--learning-rate must be in (0, 1), and --alpha in [0, 1)")
+        if not Path(self.out).parent.is_dir():
+            sys.exit(f"--out must lie in a folder there is, and {Path(self.out).parent} is none")
 
 
 def centres(obs):
@@ -122,6 +120,9 @@ def main(args):
     if path.exists():
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
+        asked = [str(option) for option in (args.learning_rate, args.alpha, args.updates)]
+        if [rows[-1].get(name) for name in ("learning_rate", "alpha", "update")] != asked:
+            sys.exit(f"{path} is of other options: choose another --out")
     done = {(row["policy"], int(row["seed"])) for row in rows}
     runs = [(label, seed) for seed in args.seeds for label in POLICIES]
     own = dict(learning_rate=args.learning_rate, alpha=args.alpha, torch=torch.__version__)

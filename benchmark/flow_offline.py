@@ -33,6 +33,7 @@ from typing import Literal
 
 import torch
 import tyro
+from filelock import FileLock, Timeout
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -59,7 +60,7 @@ class Args(flow_sac.Args):
 
 
 class OnlineArgs(SimpleNamespace):
-    """Options of flow_sac.py as args.json gets them, but for `train` no actions are random."""
+    """Options of flow_sac.py as args.json gets them, but for `train` no action is random."""
 
     learning_starts = property(lambda self: 0)
 
@@ -141,8 +142,8 @@ def fill(buffer, args, env):
     for row in envs.demonstrations.rows(episodes, args.num_envs):
         obs, state, action = (flow_sac.to_device(column, buffer.device) for column in row[:3])
         buffer.add(obs, state, obs.new_zeros(args.num_envs, buffer.widths[2]), action, *row[3:])
-    if int(buffer.steps) < 4:
-        sys.exit(f"{args.demonstrations} is too short for --num-envs {args.num_envs}")
+    if not 4 <= int(buffer.steps) <= buffer.slots:
+        sys.exit(f"{args.demonstrations} is too short for --num-envs, or long for --buffer-size")
 
 
 def offline(args, run_dir, agent, buffer, env, step, seconds):
@@ -171,7 +172,7 @@ def offline(args, run_dir, agent, buffer, env, step, seconds):
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_DFL)  # until `train` has its own
     if stopped_by:
-        print(f"stopped at step {step}; go on with --resume {run_dir}")
+        print(f"stopped at step {step}; go on with flow_offline.py --resume {run_dir}")
         sys.exit(128 + stopped_by[0])
     return step, seconds
 
@@ -194,6 +195,10 @@ def train(args):
         if not begins:
             step, seconds = load_checkpoint(run_dir, agent, buffer)
         run_dir.mkdir(parents=True, exist_ok=True)
+        try:  # `train` takes it again, as a singleton allows
+            agent.lock = FileLock(run_dir / "lock", is_singleton=True).acquire(timeout=0)
+        except Timeout:
+            sys.exit(f"another process trains {run_dir}")
         saved_args = shared | dict(resume=None, script="flow_sac.py")  # for evaluate.py
         (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
         (run_dir / "offline.json").write_text(json.dumps(own, indent=2))

@@ -31,6 +31,10 @@ class Args:
     results: str = "benchmark/results"  # folder of the CSV and of the picture
     interval: int = 5_000  # steps over which a row takes the mean
 
+    def __post_init__(self):
+        if self.interval < 1:
+            sys.exit("--interval must be at least 1")
+
 
 def profile(folder, env_id, label, seed, interval):
     """The rows of one run."""

@@ -7,6 +7,7 @@ Lines are means over seeds, geometric where the axis is logarithmic, and bands a
 
 import contextlib
 import csv
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -106,11 +107,10 @@ def draw_price(rows, times, path):
     axes(left, f"{env_id}, h = 8: variance and the model's error", "one-step error of the model",
          PANELS["variance"])  # fmt: skip
     ends = []
-    for case, name, color, dash in [
-        ("none", "no SN", "#b5322a", "-"), ("both", "SN", "#20639b", "-"),
-        ("uncached", "SN, not cached", "#20639b", ":"),
-    ]:  # fmt: skip
-        line = [row for row in times if row["case"] == case and row["h"] > 0]
+    uncached = "SN, not cached", STYLES["both", "dp"][1], ":"
+    for case in ("none", "both", "uncached"):
+        name, color, dash = STYLES.get((case, "dp"), uncached)
+        line = [row for row in times if row["case"] == case]
         x, y = ([row[name] for row in line] for name in ("h", "cpu_ms"))
         right.plot(x, y, dash, marker="o", ms=4, color=color)
         ends.append((x[-1], y[-1], name, color))
@@ -187,13 +187,18 @@ def read(path):
 
 
 def main(results: Path = Path("benchmark/results"), docs: Path = Path("docs")):
-    gradients, speed = (results / f"model_gradients{name}.csv" for name in ("", "_speed"))
-    if gradients.exists():
-        draw_horizons(read(gradients), gradients.with_suffix(".png"))
-    if speed.exists():
-        draw_price(read(gradients), read(speed), results / "model_gradients_price.png")
-    if (results / "through_time.csv").exists():
-        draw_through_time(read(results / "through_time.csv"), docs / "gradients_through_time.png")
+    names = "model_gradients", "model_gradients_speed", "through_time"
+    paths = [results / f"{name}.csv" for name in names]
+    for path in (*paths, docs):
+        if not path.exists():
+            sys.exit(f"{path} is missing; model_gradients.py and through_time.py write the CSVs")
+    gradients, speed, through_time = (read(path) for path in paths)
+    try:
+        draw_horizons(gradients, results / "model_gradients.png")
+        draw_price(gradients, speed, results / "model_gradients_price.png")
+        draw_through_time(through_time, docs / "gradients_through_time.png")
+    except (KeyError, IndexError, ValueError) as error:
+        sys.exit(f"the CSVs in {results} are not complete: {error!r}")
 
 
 if __name__ == "__main__":

@@ -7,15 +7,20 @@ Agents learn two tasks with and without spectral normalisation, and one of them 
 Then, from states of their buffers, with networks held fixed and the noise of the policy:
 
     variance       total variance of dJ_h / dtheta of single samples, theta the policy's parameters
-    relative       that over the squared length of the mean gradient, of --means samples
+    relative       that over the squared length of the mean gradient, of --means samples and less
+                   what noise adds to it; infinite where nothing is left
     cosine         of the mean gradient with that of the true J_h, the simulator in place of the
-                   model: same critic, same states, same noise, so only the model is to blame
+                   model: same critic, states and noise, so only the model is to blame; `dr` has
+                   noise of its own, so its cosine is below 1 even with a true model
     error          length of their difference over the length of the true one
     cosine_return  with the gradient of the true J_32, so that the critic is to blame, too
 
 The simulator has no derivatives. It is a function (x, a) -> (x', r), whose Jacobians are central
 differences; the chain rule does the rest. `check` compares that with central differences of the
 true J_h itself, under the same noise, in 20 directions of theta: the cosine of the two.
+
+Tasks are Pendulum-v1, and those of MuJoCo that never terminate and whose observation is (places,
+velocities). What the CSV already has is not measured again, whatever the options are.
 
 Estimators are `dp` and `dr` of rp_pgm.py. `model_error` is E|f(x, a) - x'|^2 / O in normalised
 units, for actions of the policy; `norm_model` and `norm_real` are mean spectral norms of dx'/dx,
@@ -71,6 +76,12 @@ class Args:
     starts: int = 128  # unrolls in the simulator, for a bias
     rounds: int = 9  # of the timing
     out: str = "benchmark/results"  # folder of the CSVs
+
+    def __post_init__(self):
+        if not (self.env_ids and self.seeds) or min(self.means, self.starts, self.rounds) < 1:
+            sys.exit("--env-ids and --seeds must be some, --means, --starts, --rounds at least 1")
+        if self.samples < 16 or self.samples % 16:
+            sys.exit("--samples must be a multiple of 16")
 
 
 # --- the simulator in place of a model ------------------------------------------------------------
@@ -157,7 +168,10 @@ def select(batch, index):
 def segments(agent, buffer, number, length):
     """So many segments that lie within an episode, the same for dp and dr."""
     batch = buffer.sample(2 * number, length, agent.actor.norm)
-    return select(batch, batch.real.all(0).nonzero().squeeze(-1)[:number])
+    found = batch.real.all(0).nonzero().squeeze(-1)[:number]
+    if len(found) < number:
+        sys.exit(f"{agent.args.env_id} has too few segments of {length} steps in an episode")
+    return select(batch, found)
 
 
 def objective(agent, model, batch, horizon, estimator="dp"):
@@ -184,6 +198,7 @@ def variances(agent, buffer, horizon, estimator, args):
     batch = segments(agent, buffer, args.means, horizon + 1)
     square = mean_gradient(agent, agent.model, batch, horizon, estimator).square().sum()
     variance = torch.stack(found).mean()
+    square = (square - variance / args.means).clamp(min=0)  # E|mean|^2 has that much noise
     return dict(variance=variance.item(), relative=(variance / square).item())
 
 
@@ -264,10 +279,10 @@ def speed(args):
     rows, took = [], {(name, h): [] for h in HORIZONS for name in agents}
     for _ in range(args.rounds + 1):
         for (name, h), times in took.items():
-            agent, start = agents[name], time.process_time()
+            agent = agents[name]
+            batch, start = segments(agent, buffer, 256, h + 1), time.process_time()
             use = contextlib.nullcontext if name == "uncached" else parametrize.cached
             with mock.patch.object(parametrize, "cached", use):
-                batch = segments(agent, buffer, 256, h + 1)
                 loss = -objective(agent, agent.model, batch, h).mean()
             rp_pgm.descend(agent.actor_optimizer, loss)
             rp_pgm.power_iteration(agent.actor)
@@ -283,14 +298,22 @@ def speed(args):
 
 
 def trained(runs, script, options):
-    """The folder of a run, which is trained here if there is none of this name."""
-    words = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-    finished = "runs/{env_id}__{exp_name}__{seed}__*/checkpoint.pt".format(**options)
-    Path(runs).mkdir(parents=True, exist_ok=True)
-    if not list(Path(runs).glob(finished)):
+    """The folder of a finished run, which is trained here if there is none of this name."""
+    name = "runs/{env_id}__{exp_name}__{seed}__*/checkpoint.pt".format(**options)
+
+    def finished():
+        for path in Path(runs).glob(name):
+            state = torch.load(path, map_location="meta", weights_only=True)
+            if state["global_step"] == options["total_timesteps"]:
+                return path.parent
+
+    if finished() is None:
+        Path(runs).mkdir(parents=True, exist_ok=True)
+        words = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
         command = [sys.executable, ROOT / f"{script}.py", *words, "--save-buffer", "--no-cuda"]
-        subprocess.run(command, cwd=runs, check=True)
-    return next(Path(runs).glob(finished)).parent
+        if subprocess.run(command, cwd=runs).returncode:
+            sys.exit(f"{script}.py did not finish; it says above why")
+    return finished()
 
 
 def trained_model(runs, env_id, norm, coef, seed, total_timesteps=3500):

@@ -53,6 +53,10 @@ class Args:
     samples: int = 256  # of a gradient
     csv: str = "benchmark/results/through_time.csv"
 
+    def __post_init__(self):
+        if not self.seeds or self.samples < 2:
+            sys.exit("--seeds must be some, and --samples at least 2")
+
 
 def passed(value, states):
     """[(mean norm, total variance)] of g_k for k = 0, 1, ..., of `states` [B, .], first to last."""

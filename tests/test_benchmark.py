@@ -737,7 +737,12 @@ def test_the_latency_of_an_exported_policy(monkeypatch):
     assert float(row["cpu_ms"]) > 0 and 0 <= float(row["late_percent"]) <= 100
 
 
-@pytest.mark.parametrize("wrong", [dict(updates=99), dict(seeds=()), dict(out="nowhere/bandit")])
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(updates=150), dict(seeds=()), dict(out="nowhere/b"), dict(alpha=-1), dict(updates=100)],
+)
 def test_a_bandit_that_cannot_be_run_is_answered_in_a_sentence(wrong):
-    with pytest.raises(SystemExit, match="--updates must be at least 100"):
-        bandit.Args(**dict(out="bandit") | wrong)
+    """With the last one the CSV that is there has other options."""
+    Path("bandit.csv").write_text("learning_rate,alpha,update\n0.001,0.001,600\n")
+    with pytest.raises(SystemExit, match=r"must|of other options"):
+        bandit.main(bandit.Args(**dict(out="bandit") | wrong))

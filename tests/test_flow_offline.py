@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import gymnasium as gym
 import pytest
 import torch
+from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.distributions import Normal
@@ -208,9 +209,12 @@ def test_a_run_stopped_offline_goes_on_offline_and_then_online(tmp_path):
     output, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, output
     (run,) = tmp_path.glob("runs/*")
-    assert f"go on with --resume {run.relative_to(tmp_path)}" in output
+    assert f"go on with flow_offline.py --resume {run.relative_to(tmp_path)}" in output
     stopped = torch.load(run / "checkpoint.pt", weights_only=True)["global_step"]
-    assert -400 < stopped < 0
+    assert -400 <= stopped < 0
+    with FileLock(run / "lock"):
+        done = subprocess.run([*command, "--resume", str(run)], **options)
+        assert done.returncode == 1 and "another process trains" in done.stdout, done.stdout
     done = subprocess.run([*command, "--resume", str(run), "--beta", "0.1"], **options)
     assert done.returncode == 0 and "random" not in done.stdout, done.stdout
     assert torch.load(run / "checkpoint.pt", weights_only=True)["global_step"] == 120
@@ -233,12 +237,17 @@ def test_training_draws_no_random_actions_and_options_stay():
     [
         ("", "--demonstrations FILE.npz or minari:NAME is needed"),
         ("--demonstrations nowhere.npz", "there are no demonstrations at nowhere.npz"),
+        (
+            "--demonstrations shipped:stochastic --buffer-size 100 --learning-starts 50",
+            "too short for --num-envs, or long for --buffer-size",
+        ),
         ("--demonstrations a.npz --beta -1", "--beta must be at least 0"),
         ("--demonstrations a.npz --noise fixed --sigma 0", r"--sigma must be in \[0.001, 1\]"),
         ("--resume nowhere", "nowhere is no run of this script"),
     ],
 )
 def test_bad_input_is_told_in_a_sentence(options, message, tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)
     monkeypatch.chdir(tmp_path)
     for name in "Agent", "FlowActor", "load_checkpoint":  # which a run replaces
         monkeypatch.setattr(flow_sac, name, getattr(flow_sac, name))

@@ -343,7 +343,7 @@ def table(data, claim):
     many = {len(curve.stochastic) > 3 for curve in curves if curve.steps[-1] > 0}
     mean, spread = ("IQM", "95 %") if many == {True} else ("mean", "range")
     if len(many) == 2:
-        mean, spread = "mean or, from four seeds on, IQM", "range or 95 %"
+        mean, spread = "mean (4 seeds or more: IQM)", "range or 95 %"
     header = ["", f"{UNITS[measure]} at the end, each seed", "noise-free"]
     header += [f"{mean} [{spread}]", f"best {mean}"]
     if claim.threshold:

@@ -576,7 +576,7 @@ def test_a_table_has_each_seed_and_levels_without_a_curve():
     assert lines[5] == "| expert | 7.0 | 7.0 |  |  |  |  |"
     assert "| mean [range] | best mean |" in lines[0]
     data["E-v0"]["a"] = curve([[1, 2, 3]] * 4, np.ones((4, 3)))
-    mixed = "mean or, from four seeds on, IQM"
+    mixed = "mean (4 seeds or more: IQM)"
     assert f"| {mixed} [range or 95 %] | best {mixed} |" in plot.table(data, claim)
     del data["E-v0"]["b"]
     assert "| IQM [95 %] | best IQM |" in plot.table(data, claim)

@@ -90,16 +90,14 @@ class Args:
                 sys.exit(f"--{name.replace('_', '-')} must be in [{low}, {high}]")
 
 
+BRIEF = dict(hide="velocities", learning_starts=1_000)
 TUNED = {  # defaults that differ by task; options on the command line come before these
     "Ant": dict(hide="velocities", critic_lr=1e-4),
     "CueRecall": dict(learning_starts=1_000),
-    "HalfCheetah": dict(hide="velocities"),
-    "Hopper": dict(hide="velocities"),
-    "Humanoid": dict(hide="velocities", critic_lr=1e-4),
-    "HumanoidStandup": dict(hide="velocities", critic_lr=1e-4),
-    "InvertedDoublePendulum": dict(hide="velocities", learning_starts=1_000),
-    "InvertedPendulum": dict(hide="velocities", learning_starts=1_000),
-    "Swimmer": dict(hide="velocities"),
+    **{name: dict(hide="velocities") for name in ("HalfCheetah", "Hopper", "Swimmer")},
+    **{name: dict(hide="velocities", critic_lr=1e-4) for name in ("Humanoid", "HumanoidStandup")},
+    "InvertedDoublePendulum": BRIEF,
+    "InvertedPendulum": BRIEF,
     "Walker2d": dict(hide="velocities", critic_lr=3e-4),
 }
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
@@ -193,7 +191,7 @@ class TwinCritic(nn.Module):
                 self.layers.append(torch.empty(shape).uniform_(-1, 1) / math.sqrt(fan_in))
 
     def forward(self, *inputs):
-        x = torch.cat(inputs, -1).expand(2, -1, -1)
+        x = torch.cat([x.expand(2, -1, -1) for x in inputs], -1)
         weight_1, bias_1, weight_2, bias_2, weight_3, bias_3 = self.layers
         x = torch.relu_(torch.baddbmm(bias_1, x, weight_1))
         x = torch.relu_(torch.baddbmm(bias_2, x, weight_2))
@@ -290,7 +288,7 @@ class SequenceBuffer:
         )  # fmt: skip
 
 
-def bptt_critic_loss(actor, critic, target_critic, batch, next_h, alpha, gamma):
+def bptt_critic_loss(actor, critic, target_critic, batch, next_h, alpha, args):
     """sum_i E[(Q_i(s, a, a_prev) - y)^2]; also Q_1, Q_2 [2, B].
 
     y = r + gamma (1 - d) [min_i Q'_i(s', a'', a) - alpha log pi(a'' | o', h')], where
@@ -299,7 +297,7 @@ def bptt_critic_loss(actor, critic, target_critic, batch, next_h, alpha, gamma):
     with torch.no_grad():
         a, log_pi_a = actor.sample(batch.next_obs, next_h)
         next_q = target_critic(batch.next_state, a, batch.action).amin(0)
-        target = batch.reward + gamma * (1 - batch.terminated) * (next_q - alpha * log_pi_a)
+        target = batch.reward + args.gamma * (1 - batch.terminated) * (next_q - alpha * log_pi_a)
     q = critic(batch.state, batch.action, batch.a_prev)
     return (batch.weight * (q - target).square()).sum(), q.detach()
 
@@ -352,7 +350,7 @@ class BPTTSAC(nn.Module):
         """One gradient step of everything; returns what to log, as tensors on the device."""
         actor, critic, args = self.actor, self.critic, self.args
         batch = buffer.sample(args.batch_size, args.sequence_length, args.loss_on == "last")
-        alpha, gamma = self.log_alpha.detach().exp(), args.gamma
+        alpha = self.log_alpha.detach().exp()
 
         # the critic's step leaves the actor as it is, so both losses share one pass through time
         z = batch.first_z if args.initial_state == "stored" else torch.zeros_like(batch.first_z)
@@ -362,9 +360,7 @@ class BPTTSAC(nn.Module):
             state = torch.cat([batch.state, h.detach()], -1)
             next_state = torch.cat([batch.next_state, next_h], -1)
             batch = batch._replace(state=state, next_state=next_state)
-        qf_loss, q = self.critic_loss(
-            actor, critic, self.target_critic, batch, next_h, alpha, gamma
-        )
+        qf_loss, q = self.critic_loss(actor, critic, self.target_critic, batch, next_h, alpha, args)
         descend(self.critic_optimizer, qf_loss)
 
         pi_loss, entropy = self.actor_loss(actor, critic, batch, h, alpha)

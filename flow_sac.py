@@ -64,7 +64,6 @@ class Args:
     alpha_z: float = 0.01  # initial temperature of the internal state
     alpha_z_lr: float = 3e-4  # learning rate of log alpha_z
     target_entropy_z: float = -1.0  # nats per component of z: -1 is a std of .09, -3 of .012
-    refresh: bool = True  # rewrite the stored z after the sampled rows
 
     velocity: Literal["mlp", "flow_g", "flow_t", "none"] = "flow_g"  # "none": a Gaussian
     flow_steps: int = 4  # K, steps from noise to an action
@@ -286,7 +285,7 @@ class SoftCritic(nn.Module):
                 self.layers.append(torch.empty(shape).uniform_(-1, 1) / math.sqrt(fan_in))
 
     def forward(self, *inputs):
-        x = torch.cat(inputs, -1).expand(2, -1, -1)
+        x = torch.cat([x.expand(2, -1, -1) for x in inputs], -1)
         norm_1, norm_2, norm_3 = self.norms
         weight_1, bias_1, weight_2, bias_2, weight_3, bias_3 = self.layers
         x = torch.relu_(torch.baddbmm(bias_1, norm_1(x), weight_1))
@@ -356,9 +355,9 @@ class TransitionBuffer:
         row = ((self.steps - stored + 1 + offset) * self.num_envs).long()
         before, row, after = ((row + k * self.num_envs) % len(self.rows) for k in (-1, 0, 1))
         obs, state, z, action, reward, terminated, first = self.columns(self.rows[row])
-        next_obs, next_state, next_z, *_, next_first = self.columns(self.rows[after])
+        next_obs, next_state, next_z, *_, final = self.columns(self.rows[after].requires_grad_())
         a_prev = self.action[before] * (1 - first).unsqueeze(-1)
-        weight = (1 - next_first) / (1 - next_first).sum().clamp(min=1)
+        weight = (1 - final) / (1 - final).sum().clamp(min=1)
         return Transitions(
             obs, state, z, a_prev, action, reward, terminated,
             next_obs, next_state, next_z, after, weight,
@@ -367,7 +366,7 @@ class TransitionBuffer:
     def refresh(self, batch, z):
         """Write `z` [B, Z] as the next internal states of the batch, never across an episode."""
         same_episode = (batch.weight > 0).unsqueeze(-1)
-        self.z[batch.after] = torch.where(same_episode, z, batch.next_z)
+        self.z[batch.after] = torch.where(same_episode, z, batch.next_z.detach())
 
 
 def flow_critic_loss(actor, critic, target_critic, batch, alpha, gamma):
@@ -478,8 +477,7 @@ class FlowSAC(nn.Module):
         alpha_loss = self.log_alpha.exp() * (entropy - self.target_entropy)
         alpha_z_loss = self.log_alpha_z.exp() * (entropy_z - args.target_entropy_z * self.z_dim)
         descend(self.actor_optimizer, pi_loss + alpha_loss + alpha_z_loss)
-        if args.refresh:  # with the sample of the actor loss, one gradient step old and free
-            buffer.refresh(batch, z_next)
+        buffer.refresh(batch, z_next)  # of the actor loss, one gradient step old and free
 
         losses = dict(
             qf_values=(batch.weight * q).sum() / 2, qf_loss=qf_loss, actor_loss=pi_loss,

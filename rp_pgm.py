@@ -107,14 +107,14 @@ class Args:
             sys.exit("--model-updates 0 is for --estimator model-free")
 
 
-BRIEF = dict(learning_starts=1_000, warmup_steps=0)
+QUICK = dict(learning_starts=1_000, warmup_steps=0)
 SMALL = dict(width=128, horizon=2, model_length=2, tau=0.01)  # half an update's time
 TUNED = {  # defaults that differ by task: the target entropies as published
     "Ant": dict(entropy_start=0.0, entropy_end=-2 / 8, entropy_power=4.0),
     "HalfCheetah": dict(entropy_start=-2 / 6, entropy_end=-3 / 6),
     "Hopper": dict(entropy_start=0.0, entropy_end=-2 / 3, entropy_power=1 / 32),
-    "InvertedDoublePendulum": BRIEF | SMALL | dict(entropy_start=-2.0, entropy_end=-2.0),
-    "InvertedPendulum": BRIEF,
+    "InvertedDoublePendulum": QUICK | SMALL | dict(entropy_start=-2.0, entropy_end=-2.0),
+    "InvertedPendulum": QUICK,
     "Walker2d": dict(entropy_start=-2 / 6, entropy_end=-8 / 6, entropy_power=1 / 16),
 }
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
@@ -253,7 +253,7 @@ class TwinCritic(nn.Module):
                 self.layers.append(torch.empty(shape).uniform_(-1, 1) / math.sqrt(fan_in))
 
     def forward(self, *inputs):
-        x = torch.cat(inputs, -1).expand(2, -1, -1)
+        x = torch.cat([x.expand(2, -1, -1) for x in inputs], -1)
         weight_1, bias_1, weight_2, bias_2, weight_3, bias_3 = self.layers
         x = torch.relu_(torch.baddbmm(bias_1, x, weight_1))
         x = torch.relu_(torch.baddbmm(bias_2, x, weight_2))

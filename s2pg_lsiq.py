@@ -66,9 +66,7 @@ class Args:
     alpha_z: float = 0.01  # initial temperature of the internal state
     alpha_z_lr: float = 3e-4  # learning rate of log alpha_z
     target_entropy_z: float = -1.0  # nats per component of z: -1 is a std of .09, -3 of .012
-    refresh: bool = True  # rewrite the stored z after the sampled rows
 
-    kernel: Literal["atanh", "official"] = "atanh"  # "official" squashes the cell's output twice
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
     chrono: int = 0  # longest initial time scale of the gates, in steps; 0: none
@@ -129,13 +127,12 @@ class StochasticStatefulActor(nn.Module):
     spreads z' around g, the stateless policy reads (o, g). It does not read the sample z', so a and
     z' are conditionally independent: a stored action stays one of the policy when z' is refreshed.
 
-    Shapes: o [B, O]; z, z', g [B, Z] in (-1, 1); a, a_prev [B, A] in (-1, 1). For an LSTM
-    z = (h, tanh c), which carries the cell state in the same interval and so clips it at +-7.25.
+    o [B, O]; z, z', g [B, Z] and a, a_prev [B, A] in (-1, 1); for an LSTM z = (h, tanh c).
     """
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.rnn, self.kernel, self.action_dim = args.rnn, args.kernel, action_dim
+        self.rnn, self.action_dim = args.rnn, action_dim
         self.state_dim = 0 if args.memoryless else args.state_dim
         self.z_dim = 2 * self.state_dim if args.rnn == "lstm" else self.state_dim
         self.policy_obs = nn.Linear(obs_dim, 256)
@@ -167,9 +164,8 @@ class StochasticStatefulActor(nn.Module):
         h = torch.cat([torch.relu_(self.policy_obs(obs)), g[..., : self.state_dim]], -1)
         head = self.policy_head(torch.relu_(self.policy_hidden(h)))
         mean_a, log_std = head.split([self.action_dim, self.action_dim + self.z_dim], -1)
-        mean_z = atanh(g) if self.kernel == "atanh" else g
-        half_range = 0.5 * (self.log_std_max - LOG_STD_MIN)
-        return torch.cat([mean_a, mean_z], -1), LOG_STD_MIN + half_range * (torch.tanh(log_std) + 1)
+        mean, half_range = torch.cat([mean_a, atanh(g)], -1), 0.5 * (self.log_std_max - LOG_STD_MIN)
+        return mean, LOG_STD_MIN + half_range * (torch.tanh(log_std) + 1)
 
     def sample(self, obs, z, a_prev):
         """Reparameterised a [B, A] and z' [B, Z], with log pi_a [B] and log pi_z [B]."""
@@ -227,7 +223,7 @@ class TwinCritic(nn.Module):
                 self.layers.append(torch.empty(shape).uniform_(-1, 1) / math.sqrt(fan_in))
 
     def forward(self, *inputs):
-        x = torch.cat(inputs, -1).expand(2, -1, -1)
+        x = torch.cat([x.expand(2, -1, -1) for x in inputs], -1)
         weight_1, bias_1, weight_2, bias_2, weight_3, bias_3 = self.layers
         x = torch.relu_(torch.baddbmm(bias_1, x, weight_1))
         x = torch.relu_(torch.baddbmm(bias_2, x, weight_2))
@@ -307,9 +303,9 @@ class TransitionBuffer:
         row = ((self.steps - stored + 1 + offset) * self.num_envs).long()
         before, row, after = ((row + k * self.num_envs) % len(self.rows) for k in (-1, 0, 1))
         obs, state, z, action, reward, terminated, first = self.columns(self.rows[row])
-        next_obs, next_state, next_z, *_, next_first = self.columns(self.rows[after])
+        next_obs, next_state, next_z, *_, final = self.columns(self.rows[after].requires_grad_())
         a_prev = self.action[before] * (1 - first).unsqueeze(-1)
-        weight = (1 - next_first) / (1 - next_first).sum().clamp(min=1)
+        weight = (1 - final) / (1 - final).sum().clamp(min=1)
         return Transitions(
             obs, state, z, a_prev, action, reward, terminated,
             next_obs, next_state, next_z, after, weight,
@@ -318,7 +314,7 @@ class TransitionBuffer:
     def refresh(self, batch, z):
         """Write `z` [B, Z] as the next internal states of the batch, never across an episode."""
         same_episode = (batch.weight > 0).unsqueeze(-1)
-        self.z[batch.after] = torch.where(same_episode, z, batch.next_z)
+        self.z[batch.after] = torch.where(same_episode, z, batch.next_z.detach())
 
 
 def lsiq_critic_loss(actor, critic, target_critic, batch, alpha, args):
@@ -440,9 +436,10 @@ class S2PGLSIQ(nn.Module):
         with torch.no_grad():  # theta' <- theta' + tau (theta - theta')
             targets, online = list(self.target_critic.parameters()), list(critic.parameters())
             torch._foreach_lerp_(targets, online, args.tau)
-        if args.refresh:  # with the sample of the actor loss, one gradient step old and free
-            for part, own, z in zip((buffer, expert), batches, z_next.chunk(2)):
-                part.refresh(own, z)
+        for part, own, z in zip((buffer, expert), batches, z_next.chunk(2)):
+            part.refresh(
+                own, z
+            )  # with the sample of the actor loss, one gradient step old and free
 
         q_policy, q_expert = (batch.weight * q).sum(0).chunk(2)
         losses = dict(

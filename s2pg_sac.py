@@ -58,9 +58,8 @@ class Args:
     alpha_z: float = 0.01  # initial temperature of the internal state
     alpha_z_lr: float = 3e-4  # learning rate of log alpha_z
     target_entropy_z: float = -1.0  # nats per component of z: -1 is a std of .09, -3 of .012
-    refresh: bool = True  # rewrite the stored z after the sampled rows
+    sobolev: float = 0.0  # weight of |d(Q - y)/dz'|^2 in the critic's loss; compiles nothing
 
-    kernel: Literal["atanh", "official"] = "atanh"  # "official" squashes the cell's output twice
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
     chrono: int = 0  # longest initial time scale of the gates, in steps; 0: none
@@ -88,7 +87,7 @@ class Args:
             seed=(0, inf), num_envs=(1, inf), buffer_size=(rows, inf), learning_starts=(rows, inf),
             batch_size=(1, inf), gamma=(0, 1 - 1e-9), tau=(1e-9, 1),
             actor_lr=(0, inf), critic_lr=(0, inf), alpha=(1e-9, inf), alpha_lr=(0, inf),
-            alpha_z=(1e-9, inf), alpha_z_lr=(0, inf), log_std_z_max=(-4.9, 2),
+            alpha_z=(1e-9, inf), alpha_z_lr=(0, inf), sobolev=(0, inf), log_std_z_max=(-4.9, 2),
             target_entropy_z=(-3.5, min(0.5, self.log_std_z_max + 1.4)), state_dim=(1, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(0, inf),
         ).items():  # fmt: skip
@@ -96,18 +95,15 @@ class Args:
                 sys.exit(f"--{name.replace('_', '-')} must be in [{low}, {high}]")
 
 
+BRIEF = dict(hide="velocities", learning_starts=1_000)
+HUMANOID = dict(hide="velocities", critic_lr=1e-4, alpha_z=0.1, alpha_z_lr=5e-6)
 TUNED = {  # defaults that differ by task; options on the command line come before these
     "Ant": dict(hide="velocities", critic_lr=1e-4, alpha_z_lr=1e-6),
     "CueRecall": dict(learning_starts=1_000),
-    "HalfCheetah": dict(hide="velocities"),
-    "Hopper": dict(hide="velocities"),
-    "Humanoid": dict(hide="velocities", critic_lr=1e-4, alpha_z=0.1, alpha_z_lr=5e-6),
-    "HumanoidStandup": dict(hide="velocities", critic_lr=1e-4, alpha_z=0.1, alpha_z_lr=5e-6),
-    "InvertedDoublePendulum": dict(hide="velocities", learning_starts=1_000),
-    "InvertedPendulum": dict(
-        hide="velocities", learning_starts=1_000, critic_lr=3e-4, target_entropy_z=-3.0
-    ),
-    "Swimmer": dict(hide="velocities"),
+    **{name: dict(hide="velocities") for name in ("HalfCheetah", "Hopper", "Swimmer")},
+    **dict.fromkeys(["Humanoid", "HumanoidStandup"], HUMANOID),
+    "InvertedDoublePendulum": BRIEF,
+    "InvertedPendulum": BRIEF | dict(critic_lr=3e-4, target_entropy_z=-3.0),
     "Walker2d": dict(hide="velocities", critic_lr=3e-4),
 }
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
@@ -120,13 +116,12 @@ class StochasticStatefulActor(nn.Module):
     spreads z' around g, the stateless policy reads (o, g). It does not read the sample z', so a and
     z' are conditionally independent: a stored action stays one of the policy when z' is refreshed.
 
-    Shapes: o [B, O]; z, z', g [B, Z] in (-1, 1); a, a_prev [B, A] in (-1, 1). For an LSTM
-    z = (h, tanh c), which carries the cell state in the same interval and so clips it at +-7.25.
+    o [B, O]; z, z', g [B, Z] and a, a_prev [B, A] in (-1, 1); for an LSTM z = (h, tanh c).
     """
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.rnn, self.kernel, self.action_dim = args.rnn, args.kernel, action_dim
+        self.rnn, self.action_dim = args.rnn, action_dim
         self.state_dim = 0 if args.memoryless else args.state_dim
         self.z_dim = 2 * self.state_dim if args.rnn == "lstm" else self.state_dim
         self.policy_obs = nn.Linear(obs_dim, 256)
@@ -158,9 +153,8 @@ class StochasticStatefulActor(nn.Module):
         h = torch.cat([torch.relu_(self.policy_obs(obs)), g[..., : self.state_dim]], -1)
         head = self.policy_head(torch.relu_(self.policy_hidden(h)))
         mean_a, log_std = head.split([self.action_dim, self.action_dim + self.z_dim], -1)
-        mean_z = atanh(g) if self.kernel == "atanh" else g
-        half_range = 0.5 * (self.log_std_max - LOG_STD_MIN)
-        return torch.cat([mean_a, mean_z], -1), LOG_STD_MIN + half_range * (torch.tanh(log_std) + 1)
+        mean, half_range = torch.cat([mean_a, atanh(g)], -1), 0.5 * (self.log_std_max - LOG_STD_MIN)
+        return mean, LOG_STD_MIN + half_range * (torch.tanh(log_std) + 1)
 
     def sample(self, obs, z, a_prev):
         """Reparameterised a [B, A] and z' [B, Z], with log pi_a [B] and log pi_z [B]."""
@@ -218,7 +212,7 @@ class TwinCritic(nn.Module):
                 self.layers.append(torch.empty(shape).uniform_(-1, 1) / math.sqrt(fan_in))
 
     def forward(self, *inputs):
-        x = torch.cat(inputs, -1).expand(2, -1, -1)
+        x = torch.cat([x.expand(2, -1, -1) for x in inputs], -1)
         weight_1, bias_1, weight_2, bias_2, weight_3, bias_3 = self.layers
         x = torch.relu_(torch.baddbmm(bias_1, x, weight_1))
         x = torch.relu_(torch.baddbmm(bias_2, x, weight_2))
@@ -287,9 +281,9 @@ class TransitionBuffer:
         row = ((self.steps - stored + 1 + offset) * self.num_envs).long()
         before, row, after = ((row + k * self.num_envs) % len(self.rows) for k in (-1, 0, 1))
         obs, state, z, action, reward, terminated, first = self.columns(self.rows[row])
-        next_obs, next_state, next_z, *_, next_first = self.columns(self.rows[after])
+        next_obs, next_state, next_z, *_, final = self.columns(self.rows[after].requires_grad_())
         a_prev = self.action[before] * (1 - first).unsqueeze(-1)
-        weight = (1 - next_first) / (1 - next_first).sum().clamp(min=1)
+        weight = (1 - final) / (1 - final).sum().clamp(min=1)
         return Transitions(
             obs, state, z, a_prev, action, reward, terminated,
             next_obs, next_state, next_z, after, weight,
@@ -298,21 +292,28 @@ class TransitionBuffer:
     def refresh(self, batch, z):
         """Write `z` [B, Z] as the next internal states of the batch, never across an episode."""
         same_episode = (batch.weight > 0).unsqueeze(-1)
-        self.z[batch.after] = torch.where(same_episode, z, batch.next_z)
+        self.z[batch.after] = torch.where(same_episode, z, batch.next_z.detach())
 
 
-def soft_critic_loss(actor, critic, target_critic, batch, alpha, gamma):
-    """sum_i E[(Q_i(s, a, z', a_prev) - y)^2]; also Q_1, Q_2 [2, B].
+def soft_critic_loss(actor, critic, target_critic, batch, alpha, args):
+    """sum_i E[(Q_i(s, a, z', a_prev) - y)^2 + sobolev |d(Q_i - y) / dz'|^2]; also Q_i [2, B].
 
     y = r + gamma (1 - d) [min_i Q'_i(s', a'', z'', a) - alpha log pi_a(a'' | o', z', a)], where
     the action just taken is the next a_prev. It bootstraps through time limits: d is `terminated`.
+    The environment does not see z', so dy/dz' is known, and needs neither a model nor more steps.
     """
-    with torch.no_grad():
+    with torch.set_grad_enabled(args.sobolev > 0):
         a, z, log_pi_a, _ = actor.sample(batch.next_obs, batch.next_z, batch.action)
         next_q = target_critic(batch.next_state, a, z, batch.action).amin(0)
-        target = batch.reward + gamma * (1 - batch.terminated) * (next_q - alpha * log_pi_a)
-    q = critic(batch.state, batch.action, batch.next_z, batch.a_prev)
-    return (batch.weight * (q - target).square()).sum(), q.detach()
+        target = batch.reward + args.gamma * (1 - batch.terminated) * (next_q - alpha * log_pi_a)
+    z_twice = batch.next_z.expand(2, -1, -1)  # one for each critic
+    q = critic(batch.state, batch.action, z_twice, batch.a_prev)
+    error = (q - target.detach()).square()
+    if args.sobolev > 0:
+        (slope,) = torch.autograd.grad(q.sum(), z_twice, create_graph=True)
+        (target_slope,) = torch.autograd.grad(target.sum(), batch.next_z)
+        error = error + args.sobolev * (slope - target_slope).square().sum(-1)
+    return (batch.weight * error).sum(), q.detach()
 
 
 def soft_actor_loss(actor, critic, batch, alpha, alpha_z):
@@ -357,7 +358,7 @@ class S2PGSAC(nn.Module):
         ]
         self.actor_optimizer = torch.optim.Adam(parts, **adam)
         self.optimizers = [self.critic_optimizer, self.actor_optimizer]
-        compiled = torch.compile if args.compile else lambda function: function
+        compiled = torch.compile if args.compile and not args.sobolev else lambda function: function
         self.critic_loss, self.actor_loss = compiled(soft_critic_loss), compiled(soft_actor_loss)
         self.act = self.actor.act
         if args.cudagraphs:
@@ -370,7 +371,7 @@ class S2PGSAC(nn.Module):
         batch = buffer.sample(args.batch_size)
         alpha, alpha_z = self.log_alpha.detach().exp(), self.log_alpha_z.detach().exp()
 
-        qf_loss, q = self.critic_loss(actor, critic, self.target_critic, batch, alpha, args.gamma)
+        qf_loss, q = self.critic_loss(actor, critic, self.target_critic, batch, alpha, args)
         descend(self.critic_optimizer, qf_loss)
 
         pi_loss, z_next, entropy, entropy_z = self.actor_loss(actor, critic, batch, alpha, alpha_z)
@@ -382,8 +383,7 @@ class S2PGSAC(nn.Module):
         with torch.no_grad():  # theta' <- theta' + tau (theta - theta')
             targets, online = list(self.target_critic.parameters()), list(critic.parameters())
             torch._foreach_lerp_(targets, online, args.tau)
-        if args.refresh:  # with the sample of the actor loss, one gradient step old and free
-            buffer.refresh(batch, z_next)
+            buffer.refresh(batch, z_next)  # of the actor loss, one gradient step old and free
 
         losses = dict(
             qf_values=(batch.weight * q).sum() / 2, qf_loss=qf_loss, actor_loss=pi_loss,

@@ -61,7 +61,6 @@ class Args:
     policy_noise: float = 0.2  # std of the noise on the actions of the target
     noise_clip: float = 0.5  # largest noise on the actions of the target
     policy_frequency: int = 2  # updates of the critic for each of actor, targets and stored z
-    refresh: bool = True  # rewrite the stored z after the sampled rows
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
@@ -183,7 +182,7 @@ class TwinCritic(nn.Module):
                 self.layers.append(torch.empty(shape).uniform_(-1, 1) / math.sqrt(fan_in))
 
     def forward(self, *inputs):
-        x = torch.cat(inputs, -1).expand(2, -1, -1)
+        x = torch.cat([x.expand(2, -1, -1) for x in inputs], -1)
         weight_1, bias_1, weight_2, bias_2, weight_3, bias_3 = self.layers
         x = torch.relu_(torch.baddbmm(bias_1, x, weight_1))
         x = torch.relu_(torch.baddbmm(bias_2, x, weight_2))
@@ -252,9 +251,9 @@ class TransitionBuffer:
         row = ((self.steps - stored + 1 + offset) * self.num_envs).long()
         before, row, after = ((row + k * self.num_envs) % len(self.rows) for k in (-1, 0, 1))
         obs, state, z, action, reward, terminated, first = self.columns(self.rows[row])
-        next_obs, next_state, next_z, *_, next_first = self.columns(self.rows[after])
+        next_obs, next_state, next_z, *_, final = self.columns(self.rows[after].requires_grad_())
         a_prev = self.action[before] * (1 - first).unsqueeze(-1)
-        weight = (1 - next_first) / (1 - next_first).sum().clamp(min=1)
+        weight = (1 - final) / (1 - final).sum().clamp(min=1)
         return Transitions(
             obs, state, z, a_prev, action, reward, terminated,
             next_obs, next_state, next_z, after, weight,
@@ -263,7 +262,7 @@ class TransitionBuffer:
     def refresh(self, batch, z):
         """Write `z` [B, Z] as the next internal states of the batch, never across an episode."""
         same_episode = (batch.weight > 0).unsqueeze(-1)
-        self.z[batch.after] = torch.where(same_episode, z, batch.next_z)
+        self.z[batch.after] = torch.where(same_episode, z, batch.next_z.detach())
 
 
 def td3_critic_loss(target_actor, critic, target_critic, batch, policy_noise, noise_clip, gamma):
@@ -355,8 +354,8 @@ class S2PGTD3(nn.Module):
                 targets = [*self.target_actor.parameters(), *self.target_critic.parameters()]
                 online = [*self.actor.parameters(), *self.critic.parameters()]
                 torch._foreach_lerp_(targets, online, args.tau)
-            if args.refresh:  # from the means of the actor loss, one gradient step old and free
-                buffer.refresh(batch, perturbed(z_next, args.exploration_noise_z))
+            # from the means of the actor loss, one gradient step old and free
+            buffer.refresh(batch, perturbed(z_next, args.exploration_noise_z))
         return {f"losses/{name}": value.detach() for name, value in losses.items()}
 
 

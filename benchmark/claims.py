@@ -152,6 +152,7 @@ CLAIMS = {
         {
             "S2PG-SAC": "s2pg_sac.py",
             "S2PG-SAC, chrono, less noise": LESS_NOISE,
+            "S2PG-SAC, the same and Sobolev": f"{LESS_NOISE} --sobolev 1",
         }
         | {
             label: CUE_METHODS[label]
@@ -230,19 +231,6 @@ CLAIMS = {
             f"{CUE} CueRecall-100-v0 --total-timesteps 20000 --eval-frequency 1000",
             f"{CUE} CueRecall-delayed-10-v0 --total-timesteps 10000 --eval-frequency 1000",
             f"{CUE} CueRecall-delayed-v0 --total-timesteps 15000 --eval-frequency 1000",
-        ],
-        seeds=3,
-        clock=False,
-    ),
-    "kernel": Claim(
-        "Should the kernel keep what the cell keeps?",
-        {
-            "kernel atanh": "s2pg_sac.py",
-            "kernel official": "s2pg_sac.py --kernel official",
-        },
-        [
-            f"{PENDULUM} {PUBLISHED} --total-timesteps 15000 --eval-frequency 2500",
-            f"{CUE} CueRecall-100-v0 --total-timesteps 20000 --eval-frequency 2500",
         ],
         seeds=3,
         clock=False,

@@ -45,6 +45,7 @@ from benchmark.sweep import cpu_name
 METHODS = {  # {algorithm: {method: options, and the script}}
     "sac": {
         "memoryless": dict(name="s2pg_sac", memoryless=True),
+        "S2PG, Sobolev": dict(name="s2pg_sac", sobolev=1.0),
         "S2PG": dict(name="s2pg_sac"),
     }
     | {
@@ -212,10 +213,10 @@ def run_time(modules, name, first, steps, updates=True, **options):
 def pieces(agent, buffer, descend):
     """The parts of one S2PG-SAC update, each to be timed on its own."""
     batch, alpha = buffer.sample(agent.args.batch_size), agent.log_alpha.detach().exp()
-    networks, gamma = (agent.actor, agent.critic), agent.args.gamma
+    networks = agent.actor, agent.critic
 
     def critic():
-        loss, _ = agent.critic_loss(*networks, agent.target_critic, batch, alpha, gamma)
+        loss, _ = agent.critic_loss(*networks, agent.target_critic, batch, alpha, agent.args)
         descend(agent.critic_optimizer, loss)
 
     def actor():

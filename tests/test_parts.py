@@ -150,14 +150,6 @@ def test_a_kernel_keeps_what_its_gate_keeps(script, rnn):
     assert (kept(actor, z, 100) - z)[:, -STATE:].abs().max() < 1e-3
 
 
-def test_the_official_kernel_leaks():
-    """The published fault: g, in (-1, 1) already, is squashed once more at every step."""
-    actor, z = make_actor(kernel="official"), torch.full((1, STATE), 0.76)
-    keep_everything(actor.cell)
-    assert kept(actor, z, 100).max() < 0.2
-    assert torch.allclose(kept(actor, z, 5), torch.tensor(0.44), atol=0.01)
-
-
 @four_scripts
 @every_cell
 def test_action_and_internal_state_depend_on_all_that_the_policy_is_told(script, rnn):
@@ -261,7 +253,8 @@ def test_losses_entropies_and_gradients_of_s2pg_are_those_of_its_rows_with_weigh
     """
     actor, batch = Repeatable(OBS, ACTION, s2pg_sac.Args(state_dim=STATE)), make_batch()
     critic, target = (s2pg_sac.TwinCritic(CRITIC + 2 * ACTION + STATE) for _ in range(2))
-    q_loss, q = s2pg_sac.soft_critic_loss(actor, critic, target, batch, 0.5, 0.9)
+    args = SimpleNamespace(gamma=0.9, sobolev=0.0)
+    q_loss, q = s2pg_sac.soft_critic_loss(actor, critic, target, batch, 0.5, args)
     pi_loss, z, entropy, entropy_z = s2pg_sac.soft_actor_loss(actor, critic, batch, 0.5, 0.25)
     assert not any(x.requires_grad for x in (q, z, entropy, entropy_z))
     assert torch.equal(q, critic(batch.state, batch.action, batch.next_z, batch.a_prev))
@@ -333,12 +326,13 @@ def test_every_parameter_has_its_learning_rate(script):
 
 def both_losses(script, actor, critic, target, batch):
     """(critic loss, Q) and (actor loss, ..., entropies) of a script."""
+    args = SimpleNamespace(gamma=0.9, sobolev=0.0)
     if script is s2pg_sac:
-        q_loss = script.soft_critic_loss(actor, critic, target, batch, 0.3, 0.9)
+        q_loss = script.soft_critic_loss(actor, critic, target, batch, 0.3, args)
         return q_loss, script.soft_actor_loss(actor, critic, batch, 0.3, 0.01)
     all_h, _ = actor.unroll(batch.all_obs, batch.first_z, batch.all_a_prev)
     h, next_h = all_h[batch.index], all_h[1:][batch.index]
-    q_loss = script.bptt_critic_loss(actor, critic, target, batch, next_h, 0.3, 0.9)
+    q_loss = script.bptt_critic_loss(actor, critic, target, batch, next_h, 0.3, args)
     return q_loss, script.bptt_actor_loss(actor, critic, batch, h, 0.3)
 
 
@@ -399,13 +393,6 @@ def test_each_step_computes_gradients_for_its_own_parameters_and_anew():
     assert math.isclose(x.item(), 1 - 3 * 0.2, rel_tol=1e-5) and y == 1 and y.grad is None
 
 
-def test_without_a_refresh_the_buffer_stays_as_it_is():
-    agent, buffer = make_agent(refresh=False)
-    before = buffer.rows.clone()
-    agent.update(buffer)
-    assert torch.equal(buffer.rows, before)
-
-
 def test_a_memoryless_agent_has_no_recurrent_parameters_and_updates():
     agent, buffer = make_agent(memoryless=True, rnn="lstm")
     names = [name for name, _ in agent.actor.named_parameters()]
@@ -443,14 +430,41 @@ def test_a_critic_that_sees_no_more_than_the_policy_gets_the_internal_state(
     assert all(value.isfinite() for value in agent.update(buffer).values())
 
 
+@pytest.mark.parametrize("privileged", [True, False])
+def test_sobolev_adds_the_squared_error_of_each_critics_slope_in_z(privileged):
+    """As by central differences, of a'', z'' and, without a privileged critic, of s' = (o', z')."""
+    actor = Repeatable(OBS, ACTION, s2pg_sac.Args(state_dim=STATE)).double()
+    _, buffer = make_agent(space=BOTH if privileged else BOTH["policy"])
+    buffer.rows, buffer.action = buffer.rows.double(), buffer.action.double()
+    batch = buffer.sample(16)
+    inputs = batch.state.shape[1] + 2 * ACTION + STATE
+    critic, target = (s2pg_sac.TwinCritic(inputs).double() for _ in range(2))
+
+    def errors(z):
+        """Q_i - y [2, B]."""
+        state = batch.next_state if privileged else torch.cat([batch.next_obs, z], -1)
+        a, next_z, log_pi_a, _ = actor.sample(batch.next_obs, z, batch.action)
+        v = target(state, a, next_z, batch.action).amin(0) - 0.5 * log_pi_a
+        y = batch.reward + 0.9 * (1 - batch.terminated) * v
+        return critic(batch.state, batch.action, z.expand(2, -1, -1), batch.a_prev) - y
+
+    with torch.no_grad():
+        z, steps = batch.next_z, 1e-6 * torch.eye(STATE, dtype=torch.float64)
+        slopes = torch.stack([(errors(z + h) - errors(z - h)) / 2e-6 for h in steps], -1)
+    args = [SimpleNamespace(gamma=0.9, sobolev=weight) for weight in (0.0, 2.0)]
+    losses = [s2pg_sac.soft_critic_loss(actor, critic, target, batch, 0.5, a)[0] for a in args]
+    expected = 2 * (batch.weight * slopes.square().sum(-1)).sum()
+    torch.testing.assert_close(losses[1] - losses[0], expected, rtol=1e-5, atol=1e-8)
+    assert (slopes.abs().amax((0, 1)) > 1e-3).all()
+
+
 # --- a fair comparison ----------------------------------------------------------------------------
 
 
 def test_both_scripts_have_the_same_options_but_for_the_algorithm():
     ours, theirs = ({f.name for f in dataclasses.fields(s.Args)} for s in (s2pg_sac, bptt_sac))
     assert ours - theirs == {
-        "kernel", "memoryless", "refresh", "alpha_z", "alpha_z_lr", "target_entropy_z",
-        "log_std_z_max",
+        "memoryless", "sobolev", "alpha_z", "alpha_z_lr", "target_entropy_z", "log_std_z_max",
     }  # fmt: skip
     assert theirs - ours == {"sequence_length", "loss_on", "initial_state"}
 

@@ -193,8 +193,8 @@ def test_what_the_docs_say_is_logged_is_logged():
 HOPPER = dict(env_id="Hopper-v5", env_kwargs=dict(random_bodies=True, wind=True))
 OPTIONS = dict(
     s2pg_sac=[
-        dict(rnn="lstm", kernel="official", num_envs=3, save_buffer=True, eval_frequency=25),
-        dict(rnn="rnn", refresh=False, privileged_critic=False, alpha_lr=0, alpha_z_lr=0),
+        dict(rnn="lstm", sobolev=1, num_envs=3, save_buffer=True, eval_frequency=25),
+        dict(rnn="rnn", sobolev=0.1, privileged_critic=False, alpha_lr=0, alpha_z_lr=0),
         dict(memoryless=True, env_id="PointMassDoor-v0", env_kwargs={}, eval_episodes=1),
         dict(chrono=20, hide="positions", **HOPPER),
     ],
@@ -204,7 +204,7 @@ OPTIONS = dict(
         dict(initial_state="zero", rnn="lstm", chrono=20),
     ],
     s2pg_td3=[
-        dict(rnn="lstm", refresh=False, policy_frequency=1, num_envs=3),
+        dict(rnn="lstm", policy_frequency=1, num_envs=3),
         dict(rnn="rnn", privileged_critic=False, policy_frequency=3, save_buffer=True),
         dict(memoryless=True) | dict.fromkeys(
             ("exploration_noise", "exploration_noise_z", "policy_noise", "noise_clip"), 0
@@ -218,7 +218,7 @@ OPTIONS = dict(
     s2pg_lsiq=[
         dict(rnn="lstm", loss="iq_like", num_envs=3, demonstration_episodes=1, save_buffer=True),
         dict(expert_target="bootstrap", regularizer=0.1, absorbing=False, privileged_critic=False),
-        dict(memoryless=True, clip_target=False, refresh=False),
+        dict(memoryless=True, clip_target=False),
     ],
     s2pg_gail=[
         dict(rnn="lstm", reward="airl", absorbing=False, num_envs=3, demonstration_episodes=1),

@@ -300,7 +300,7 @@ def soft_critic_loss(actor, critic, target_critic, batch, alpha, args):
 
     y = r + gamma (1 - d) [min_i Q'_i(s', a'', z'', a) - alpha log pi_a(a'' | o', z', a)], where
     the action just taken is the next a_prev. It bootstraps through time limits: d is `terminated`.
-    The environment does not see z', so dy/dz' is known, and needs neither a model nor more steps.
+    The environment does not see z', so dy/dz' needs no model. Sobolev training: arXiv 1706.04859.
     """
     with torch.set_grad_enabled(args.sobolev > 0):
         a, z, log_pi_a, _ = actor.sample(batch.next_obs, batch.next_z, batch.action)

@@ -226,7 +226,7 @@ def pieces(agent, buffer, descend):
         "S2PG, sampling": lambda: buffer.sample(agent.args.batch_size),
         "S2PG, critic": critic,
         "S2PG, actor": actor,
-        "S2PG, refresh": lambda: buffer.refresh(batch, batch.next_z),
+        "S2PG, refresh": lambda: buffer.refresh(batch, batch.next_z.detach()),
     }
 
 

@@ -235,6 +235,18 @@ CLAIMS = {
         seeds=3,
         clock=False,
     ),
+    "sobolev": Claim(
+        "Does the slope of Q in the memory help where velocities are hidden?",
+        {"S2PG-SAC": "s2pg_sac.py", "S2PG-SAC, Sobolev": "s2pg_sac.py --sobolev 1"},
+        [
+            f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500",
+            "--env-id Hopper-v4 --total-timesteps 100000 --eval-frequency 5000 --eval-episodes 10",
+            "--env-id HalfCheetah-v4 --total-timesteps 40000 --eval-frequency 5000 "
+            "--eval-episodes 10",
+        ],
+        seeds=3,
+        clock=False,
+    ),
     "hidden_velocities": Claim(
         "Can a memory make up for velocities that are not seen?",
         {

@@ -152,7 +152,7 @@ CLAIMS = {
         {
             "S2PG-SAC": "s2pg_sac.py",
             "S2PG-SAC, chrono, less noise": LESS_NOISE,
-            "S2PG-SAC, the same and Sobolev": f"{LESS_NOISE} --sobolev 1",
+            "S2PG-SAC, chrono, less noise, Sobolev": f"{LESS_NOISE} --sobolev 1",
         }
         | {
             label: CUE_METHODS[label]
@@ -459,7 +459,7 @@ OVERVIEW = [
     ),
     Line(
         "the same, S2PG with less noise and `--sobolev 1`", "delayed_response",
-        "CueRecall-delayed-v0", "S2PG-SAC, the same and Sobolev", "BPTT-SAC, L = the horizon",
+        "CueRecall-delayed-v0", "S2PG-SAC, chrono, less noise, Sobolev", "BPTT-SAC, L = the horizon",
         "memoryless SAC", True,
     ),
     Line("the same, BPTT with L = 1", "memory_gradient", "CueRecall-delayed-v0", *UNTAUGHT),

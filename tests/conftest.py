@@ -1,7 +1,11 @@
+import signal
+
 import torch
 
 # Test processes run side by side, and one thread is the fastest for networks of this size anyway.
 torch.set_num_threads(1)
+# tests stop runs by it, also where pytest itself is under nohup, which ignores it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):

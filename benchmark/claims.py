@@ -459,8 +459,8 @@ OVERVIEW = [
     ),
     Line(
         "the same, S2PG with less noise and `--sobolev 1`", "delayed_response",
-        "CueRecall-delayed-v0", "S2PG-SAC, chrono, less noise, Sobolev", "BPTT-SAC, L = the horizon",
-        "memoryless SAC", True,
+        "CueRecall-delayed-v0", "S2PG-SAC, chrono, less noise, Sobolev",
+        "BPTT-SAC, L = the horizon", "memoryless SAC", True,
     ),
     Line("the same, BPTT with L = 1", "memory_gradient", "CueRecall-delayed-v0", *UNTAUGHT),
     Line("TD3, pendulum", "td3", "InvertedPendulum-v4", "S2PG-TD3", None, "memoryless TD3"),

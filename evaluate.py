@@ -54,6 +54,8 @@ class Options:
     def __post_init__(self):
         if self.episodes < 1 or self.seed < 0:
             sys.exit("--episodes must be at least 1, and --seed at least 0")
+        if self.export and (self.save_demonstrations or self.capture_video):
+            sys.exit("--export plays nothing: no --save-demonstrations or --capture-video with it")
         for path, suffix in (self.save_demonstrations, ".npz"), (self.export, ".pt2"):
             if path and not (path.suffix == suffix and path.parent.is_dir()):
                 sys.exit(f"{path} must be a FILE{suffix}, in a folder that there is")

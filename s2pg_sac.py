@@ -58,7 +58,7 @@ class Args:
     alpha_z: float = 0.01  # initial temperature of the internal state
     alpha_z_lr: float = 3e-4  # learning rate of log alpha_z
     target_entropy_z: float = -1.0  # nats per component of z: -1 is a std of .09, -3 of .012
-    sobolev: float = 0.0  # weight of |d(Q - y)/dz'|^2 in the critic's loss; compiles nothing
+    sobolev: float = 0.0  # weight of |d(Q - y)/dz'|^2 in the critic's loss; no --compile then
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large

@@ -448,13 +448,15 @@ def test_sobolev_adds_the_squared_error_of_each_critics_slope_in_z(privileged):
         y = batch.reward + 0.9 * (1 - batch.terminated) * v
         return critic(batch.state, batch.action, z.expand(2, -1, -1), batch.a_prev) - y
 
-    with torch.no_grad():
-        z, steps = batch.next_z, 1e-6 * torch.eye(STATE, dtype=torch.float64)
-        slopes = torch.stack([(errors(z + h) - errors(z - h)) / 2e-6 for h in steps], -1)
+    z, steps = batch.next_z.detach(), 1e-6 * torch.eye(STATE, dtype=torch.float64)
+    slopes = torch.stack([(errors(z + h) - errors(z - h)) / 2e-6 for h in steps], -1)
     args = [SimpleNamespace(gamma=0.9, sobolev=weight) for weight in (0.0, 2.0)]
     losses = [s2pg_sac.soft_critic_loss(actor, critic, target, batch, 0.5, a)[0] for a in args]
     expected = 2 * (batch.weight * slopes.square().sum(-1)).sum()
     torch.testing.assert_close(losses[1] - losses[0], expected, rtol=1e-5, atol=1e-8)
+    weights = critic.layers[0], critic.layers[2]  # the slopes do not depend on the biases
+    ours, theirs = (torch.autograd.grad(x, weights) for x in (losses[1] - losses[0], expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
     assert (slopes.abs().amax((0, 1)) > 1e-3).all()
 
 

@@ -583,6 +583,7 @@ def train(args):
         sys.exit("--compile and --cudagraphs need a CUDA card")
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
+    torch.set_flush_denormal(True)  # Adam's moments of dead units become denormal, which is slow
     torch.set_float32_matmul_precision(args.matmul_precision)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}"
     run_dir = Path(args.resume or "runs/" + name.replace("/", "_").replace(":", "_"))

@@ -575,6 +575,7 @@ def train(args):
         sys.exit("--compile and --cudagraphs need a CUDA card")
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
+    torch.set_flush_denormal(True)  # Adam's moments of dead units become denormal, which is slow
     torch.set_float32_matmul_precision(args.matmul_precision)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}"
     run_dir = Path(args.resume or "runs/" + name.replace("/", "_").replace(":", "_"))
@@ -637,7 +638,7 @@ def train(args):
             policy_obs, critic_obs, z, a_prev, sample, log_prob, value, reward, terminated, first
         )
 
-        # a final row is no step: the environment ignores its action and begins anew ...
+        # a final row is no step: the environment ignores its action and begins anew
         last_step, env_step = global_step, global_step + np.cumsum(~final)
         global_step = int(env_step[-1])
         bar.update(global_step - last_step)
@@ -645,8 +646,7 @@ def train(args):
             for name, key in ("return", "r"), ("length", "l"):
                 writer.add_scalar(f"charts/episodic_{name}", info["episode"][key][i], env_step[i])
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
-        # ... and so does the internal state
-        keep = to_device(~final, device).unsqueeze(-1)
+        keep = to_device(~final, device).unsqueeze(-1)  # so does the internal state
         z, a_prev = z_next * keep, action * keep
         first, final = final, terminated | truncated
 

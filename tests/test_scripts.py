@@ -182,6 +182,14 @@ def test_what_a_run_shows_saves_and_logs_also_when_it_is_resumed(script, monkeyp
     assert {tag for tag in named if f"`{tag}`" not in documented} == set()
 
 
+@EACH
+def test_denormal_numbers_become_zero(script):
+    """Where a gradient has become zero Adam's moments decay to such numbers."""
+    torch.set_flush_denormal(False)
+    train(script, eval_frequency=0)
+    assert torch.tensor([1e-38]) / 1000 == 0
+
+
 def test_what_the_docs_say_is_logged_is_logged():
     scripts = "".join(script.read_text() for script in ROOT.glob("*.py"))
     for page in (ROOT / "docs").glob("*.md"):

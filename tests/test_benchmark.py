@@ -26,7 +26,19 @@ import evaluate
 import s2pg_ppo
 import s2pg_sac
 import s2pg_td3
-from benchmark import bandit, collect, latency, memory, plot, sweep, update_time
+from benchmark import (
+    bandit,
+    collect,
+    flow_profile,
+    gradient_plots,
+    latency,
+    memory,
+    model_gradients,
+    plot,
+    sweep,
+    through_time,
+    update_time,
+)
 from benchmark.claims import CLAIMS, Claim, Line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -252,6 +264,11 @@ def test_runs_from_before_a_change_of_the_defaults_are_not_taken_for_done(monkey
         (update_time, ["--methods", "PPO"], "no method 'PPO'; there are"),
         (update_time, ["--baseline", "."], "is no checkout"),
         (update_time, ["--rounds", "0"], "must be at least 1"),
+        (flow_profile, ["--interval", 0], "--interval must be at least 1"),
+        (flow_profile, [], "no run of the claim `flow` has begun in runs/sweep"),
+        (model_gradients, ["--samples", 24], "--samples must be a multiple of 16"),
+        (model_gradients, ["--means", 0], "--means, --starts, --rounds at least 1"),
+        (through_time, ["--samples", 1], "--samples at least 2"),
         (plot, ["--csv", "nothing.csv"], "nothing.csv"),
         (plot, ["--csv", str(ROOT / "requirements.txt")], "is no CSV of collect.py"),
         (plot, ["smok"], "no claim smok"),
@@ -264,6 +281,15 @@ def test_bad_input_is_one_sentence(module, options, message, monkeypatch):
     with pytest.raises(SystemExit) as error:
         call(module, *options)
     assert message in error.value.code and len(error.value.code.splitlines()) == 1
+
+
+def test_pictures_of_gradients_need_their_csvs():
+    with pytest.raises(SystemExit, match=r"model_gradients\.csv is missing"):
+        gradient_plots.main(Path(), Path())
+    for name in "model_gradients", "model_gradients_speed", "through_time":
+        Path(f"{name}.csv").write_text("env_id\nHalfCheetah-v4\n")
+    with pytest.raises(SystemExit, match=r"the CSVs in \. are not complete"):
+        gradient_plots.main(Path(), Path())
 
 
 # --- memory.py ------------------------------------------------------------------------------------

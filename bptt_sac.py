@@ -135,8 +135,8 @@ class RecurrentActor(nn.Module):
 
     def forward(self, obs, h):
         """Mean and log std of a before the tanh, both [B, A]."""
-        h = torch.cat([torch.relu_(self.policy_obs(obs)), h], -1)
-        head = self.policy_head(torch.relu_(self.policy_hidden(h)))
+        features = torch.cat([torch.relu_(self.policy_obs(obs)), h], -1)
+        head = self.policy_head(torch.relu_(self.policy_hidden(features)))
         mean, log_std = head.chunk(2, -1)
         half_range = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
         return mean, LOG_STD_MIN + half_range * (torch.tanh(log_std) + 1)
@@ -439,7 +439,7 @@ def views(obs):
 
 def save_checkpoint(run_dir, agent, buffer, **state):
     """Write RUN/checkpoint.pt whole or not at all, so that a kill leaves the last good one."""
-    if not all(x.isfinite().all() for x in [*agent.parameters(), buffer.rows]):
+    if not all(x.isfinite().all() for x in [*agent.parameters(), *buffer.rows.aminmax()]):
         sys.exit(f"weights or data are not finite any more; {run_dir} keeps its last checkpoint")
     state |= dict(agent=agent.state_dict(), optimizers=[o.state_dict() for o in agent.optimizers])
     if agent.args.save_buffer:
@@ -504,8 +504,7 @@ def train(args):
     (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
-    if global_step < args.learning_starts:
-        bar.write(f"actions are random until learning starts at step {args.learning_starts}")
+    bar.write(f"random actions until step {args.learning_starts}, updates from {first_update} on")
     stopped_by = []
     for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:  # as by nohup
@@ -540,7 +539,7 @@ def train(args):
             for name, key in ("return", "r"), ("length", "l"):
                 writer.add_scalar(f"charts/episodic_{name}", info["episode"][key][i], env_step[i])
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
-        keep = to_device(~final, device).unsqueeze(-1)  # so does the internal state
+        keep = to_device(~final, device).unsqueeze(-1)  # z and a_prev begin anew, too
         z, a_prev = z_next * keep, action * keep
         first, final = final, terminated | truncated
         updates_due = global_step - last_step if global_step >= first_update else 0
@@ -571,7 +570,8 @@ def train(args):
 
 def parse_args():
     """The command line, over the options of the run to resume or what the task wants."""
-    asked = tyro.cli(Args, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
+    unchecked = type("Args", (Args,), dict(__post_init__=lambda self: None))
+    asked = tyro.cli(unchecked, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
     options = TUNED.get(asked.env_id.split("-")[0], {})
     if asked.resume is not None:
         try:

@@ -47,12 +47,12 @@ class Args:
     total_timesteps: int = 1_000_000  # environment steps, over all environments
 
     demonstrations: str | None = None  # FILE.npz, minari:NAME, or shipped:stochastic
-    demonstration_episodes: int | None = None  # the first of them; else all
+    demonstration_episodes: int | None = None  # how many to imitate, from the first; None: all
     bc_steps: int = 0  # of behaviour cloning before everything else
     reward: Literal["gail", "airl"] = "gail"  # -log(1 - D + 1e-8), or log D - log(1 - D)
-    absorbing: bool = True  # what comes after an end goes on; otherwise worth 0
+    absorbing: bool = True  # a terminated episode goes on in an absorbing state
     discriminator_lr: float = 3e-4  # learning rate of the discriminator
-    discriminator_steps: int = 3  # its gradient steps after each rollout (published: 1 of 3)
+    discriminator_steps: int = 3  # its gradient steps after each rollout (published: 1 in 3)
     discriminator_entropy: float = 1e-3  # weight c of its entropy
 
     num_steps: int = 2048  # rows of a rollout in each environment
@@ -64,7 +64,7 @@ class Args:
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimates, in [0, 1]
     norm_adv: bool = True  # normalise the advantages of a rollout
     clip_coef: float = 0.2  # eps, how far rho may leave 1, and V with --clip-vloss
-    clip_vloss: bool = False  # V moves by at most eps stds of the returns
+    clip_vloss: bool = False  # no gradient of V beyond eps stds of the returns
     ent_coef: float = 0.0  # weight of the entropy of (a, z')
     vf_coef: float = 0.5  # weight of the loss of V
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
@@ -72,7 +72,7 @@ class Args:
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
-    std: float = 0.5  # initial std of a, which is clipped to [-1, 1]
+    std: float = 0.5  # initial std of a, before a is clipped to [-1, 1]
     std_z: float = 0.1  # that of z'; with less noise rho leaves 1 sooner
     memoryless: bool = False  # no internal state: plain GAIL, where V still gets a_prev
 
@@ -147,8 +147,8 @@ class GaussianStatefulActor(nn.Module):
             e = torch.relu_(torch.cat([self.kernel_obs(obs), self.kernel_action(a_prev)], -1))
             z = self.cell(e, z.chunk(2, -1) if self.rnn == "lstm" else z)
             z = torch.cat(z, -1) if self.rnn == "lstm" else z
-        h = torch.cat([torch.relu_(self.policy_obs(obs)), z[..., : self.state_dim]], -1)
-        return torch.cat([self.policy_head(torch.relu_(self.policy_hidden(h))), z], -1)
+        features = torch.cat([torch.relu_(self.policy_obs(obs)), z[..., : self.state_dim]], -1)
+        return torch.cat([self.policy_head(torch.relu_(self.policy_hidden(features))), z], -1)
 
     @torch.no_grad()
     def act(self, obs, z, a_prev, deterministic=False):
@@ -223,8 +223,7 @@ class Rollout:
     """num_steps rows of each environment (autoreset next step), and one more that completes them.
 
     An episode of T transitions fills T + 1 rows; the last holds the final observation, its action
-    is ignored. A row before the `first` of an episode is no transition, and has weight 0. Rows that
-    a shorter rollout does not reach count as `first`. `sample` is drawn before a is clipped.
+    is ignored. A row before the `first` of an episode has weight 0. In `sample` a is not clipped.
     """
 
     def __init__(self, num_steps, num_envs, widths, device):
@@ -243,8 +242,7 @@ class Rollout:
 
     def finish(self, value, first):
         """V and `first` of the row after the last, with which the next rollout begins."""
-        self.value[self.length], self.first[self.length :] = value, 1
-        self.first[self.length] = to_device(first, self.device)
+        self.value[-1], self.first[-1] = value, to_device(first, self.device)
         self.length = 0
 
 
@@ -279,7 +277,7 @@ class Batch(NamedTuple):
 
 @torch.no_grad()
 def make_batch(rollout, actor, critic, args):
-    """The rows [T, N] of a rollout, with advantages and returns, of which V is told (Pop-Art)."""
+    """The rows [T, N] of a rollout. Its returns change V's last layer (Pop-Art)."""
     weight, value = 1 - rollout.first[1:], rollout.value[:-1]
     advantage = gae(rollout, weight, args.gamma, args.gae_lambda)
     returns = advantage + value
@@ -398,7 +396,7 @@ class S2PGGAIL(nn.Module):
         value = self.critic(self.critic.normalizer(critic_obs), z, a_prev)
         return sample, sample[:, self.action_dim :], log_prob, returns.mean + returns.std * value
 
-    def clone(self, expert):
+    def clone_behaviour(self, expert):
         """Behaviour cloning, E[|a - mu_a|^2], through time along 32 rows of all episodes."""
         actor, weight = self.actor, 1 - expert.first[1:]
         actor.normalizer.update(expert.obs[:-1], weight)
@@ -416,7 +414,7 @@ class S2PGGAIL(nn.Module):
             descend(optimizer, loss)
         return loss.detach()
 
-    def rows(self, rollout):
+    def judged_rows(self, rollout):
         """What D sees, [s, a, 0] and once [0, 0, 1], the absorbing state; how often each counts."""
         action = rollout.sample[..., : self.action_dim].clamp(-1, 1)
         rows = torch.cat([self.normalizer(rollout.state), action], -1)[:-1]
@@ -432,7 +430,7 @@ class S2PGGAIL(nn.Module):
         for seen in (rollout, expert):  # both count alike
             weight = 1 - seen.first[1:]
             self.normalizer.update(seen.state[:-1], weight / weight.sum())
-        (rows, weight), (expert_rows, expert_weight) = self.rows(rollout), self.rows(expert)
+        (rows, weight), (expert_rows, expert_weight) = map(self.judged_rows, (rollout, expert))
         for _ in range(args.discriminator_steps):
             drawn = expert_rows[expert_weight.multinomial(len(rows), replacement=True)]
             loss, entropy = discriminator_loss(self.discriminator, rows, weight, drawn, args)
@@ -588,8 +586,9 @@ def train(args):
     episodes = envs.demonstrations.load(args.demonstrations, env, args.demonstration_episodes)
     expert = demonstrated(episodes, agent.row_sizes, device)
     global_step, seconds = load_run(run_dir, agent) if args.resume else (0, 0.0)
-    if args.total_timesteps <= global_step:
-        sys.exit(f"{global_step} steps are done: raise --total-timesteps")
+    first_update = global_step + args.num_steps * args.num_envs
+    if args.total_timesteps < first_update:
+        sys.exit(f"no update before step {first_update}: raise --total-timesteps")
     if args.track:
         import wandb
 
@@ -605,9 +604,10 @@ def train(args):
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
 
     update_step, start_time, leaving = global_step, time.time() - seconds, False
-    writer.add_scalar("charts/expert_return", np.mean([e["rewards"].sum() for e in episodes]), 0)
+    expert_return = np.mean([episode["rewards"].sum() for episode in episodes])
+    writer.add_scalar("charts/expert_return", expert_return, global_step)
     if args.bc_steps and not args.resume:
-        writer.add_scalar("losses/bc_loss", agent.clone(expert), 0)
+        writer.add_scalar("losses/bc_loss", agent.clone_behaviour(expert), 0)
         seconds = time.time() - start_time
         save_run(run_dir, agent, global_step=0, seconds=seconds)
         if hasattr(eval_env, "score"):
@@ -646,13 +646,13 @@ def train(args):
             for name, key in ("return", "r"), ("length", "l"):
                 writer.add_scalar(f"charts/episodic_{name}", info["episode"][key][i], env_step[i])
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
-        keep = to_device(~final, device).unsqueeze(-1)  # so does the internal state
+        keep = to_device(~final, device).unsqueeze(-1)  # z and a_prev begin anew, too
         z, a_prev = z_next * keep, action * keep
         first, final = final, terminated | truncated
 
         finished = global_step >= args.total_timesteps
         leaving = finished or bool(stopped_by)
-        if rollout.length == args.num_steps or finished:
+        if rollout.length == args.num_steps:
             *_, value = agent.act(*(to_device(view, device) for view in views(obs)), z, a_prev)
             rollout.finish(value, first)
             lr = args.learning_rate * (1 - args.anneal_lr * update_step / args.total_timesteps)
@@ -666,7 +666,8 @@ def train(args):
         frequencies = args.checkpoint_frequency, args.eval_frequency
         save, score = (n and (finished or global_step // n > last_step // n) for n in frequencies)
         if save or score or leaving:
-            save_run(run_dir, agent, global_step=update_step, seconds=seconds)
+            done = global_step if finished else update_step
+            save_run(run_dir, agent, global_step=done, seconds=seconds)
         if score and hasattr(eval_env, "score"):
             eval_env.score(agent, args.eval_episodes, args.seed, writer, global_step)
             writer.add_scalar("charts/seconds", seconds, global_step)
@@ -682,7 +683,8 @@ def train(args):
 
 def parse_args():
     """The command line, over the options of the run to resume or what the task wants."""
-    asked = tyro.cli(Args, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
+    unchecked = type("Args", (Args,), dict(__post_init__=lambda self: None))
+    asked = tyro.cli(unchecked, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
     options = TUNED.get(asked.env_id.split("-")[0], {})
     if asked.resume is not None:
         try:

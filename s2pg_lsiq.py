@@ -51,8 +51,8 @@ class Args:
     loss: Literal["sqil_like", "iq_like"] = "sqil_like"  # of the critic, see above
     expert_target: Literal["fix", "bootstrap"] = "fix"  # of sqil_like: Q_max, or r_max + y
     regularizer: float = 0.5  # c; rewards are within +-1/c, Q within +-1/(c (1 - gamma))
-    clip_target: bool = True  # of the bootstrapped value, to what rewards allow
-    absorbing: bool = True  # what comes after an end goes on; otherwise worth 0
+    clip_target: bool = True  # clip the bootstrapped value to what rewards allow
+    absorbing: bool = True  # a terminated episode goes on in an absorbing state
 
     buffer_size: int = 1_000_000  # rows of the replay buffer, over all environments
     learning_starts: int = 5_000  # random steps, before the first update
@@ -124,8 +124,8 @@ class StochasticStatefulActor(nn.Module):
     """The joint policy pi(a, z' | o, z, a_prev), a squashed diagonal Gaussian.
 
     A recurrent cell gives g, the next internal state without noise. The internal-state kernel
-    spreads z' around g, the stateless policy reads (o, g). It does not read the sample z', so a and
-    z' are conditionally independent: a stored action stays one of the policy when z' is refreshed.
+    spreads z' around g, the stateless policy reads (o, g). It does not read the sample z', so
+    given (o, z, a_prev) a and z' are independent, and a stored a goes with a refreshed z'.
 
     o [B, O]; z, z', g [B, Z] and a, a_prev [B, A] in (-1, 1); for an LSTM z = (h, tanh c).
     """
@@ -147,7 +147,7 @@ class StochasticStatefulActor(nn.Module):
         largest = [LOG_STD_MAX] * action_dim + [args.log_std_z_max] * self.z_dim
         self.register_buffer("log_std_max", torch.tensor(largest), persistent=False)
 
-    def next_state(self, obs, z, a_prev):
+    def noise_free_z(self, obs, z, a_prev):
         """g [B, Z]: the internal state after `obs`, without noise."""
         if self.state_dim == 0:
             return z
@@ -160,9 +160,9 @@ class StochasticStatefulActor(nn.Module):
 
     def forward(self, obs, z, a_prev):
         """Mean and log std of (a, z') before the tanh, both [B, A + Z]."""
-        g = self.next_state(obs, z, a_prev)
-        h = torch.cat([torch.relu_(self.policy_obs(obs)), g[..., : self.state_dim]], -1)
-        head = self.policy_head(torch.relu_(self.policy_hidden(h)))
+        g = self.noise_free_z(obs, z, a_prev)
+        features = torch.cat([torch.relu_(self.policy_obs(obs)), g[..., : self.state_dim]], -1)
+        head = self.policy_head(torch.relu_(self.policy_hidden(features)))
         mean_a, log_std = head.split([self.action_dim, self.action_dim + self.z_dim], -1)
         mean, half_range = torch.cat([mean_a, atanh(g)], -1), 0.5 * (self.log_std_max - LOG_STD_MIN)
         return mean, LOG_STD_MIN + half_range * (torch.tanh(log_std) + 1)
@@ -437,9 +437,7 @@ class S2PGLSIQ(nn.Module):
             targets, online = list(self.target_critic.parameters()), list(critic.parameters())
             torch._foreach_lerp_(targets, online, args.tau)
         for part, own, z in zip((buffer, expert), batches, z_next.chunk(2)):
-            part.refresh(
-                own, z
-            )  # with the sample of the actor loss, one gradient step old and free
+            part.refresh(own, z)  # of the actor loss, one gradient step old and free
 
         q_policy, q_expert = (batch.weight * q).sum(0).chunk(2)
         losses = dict(
@@ -509,7 +507,7 @@ def views(obs):
 
 def save_checkpoint(run_dir, agent, buffer, **state):
     """Write RUN/checkpoint.pt whole or not at all, so that a kill leaves the last good one."""
-    if not all(x.isfinite().all() for x in [*agent.parameters(), buffer.rows]):
+    if not all(x.isfinite().all() for x in [*agent.parameters(), *buffer.rows.aminmax()]):
         sys.exit(f"weights or data are not finite any more; {run_dir} keeps its last checkpoint")
     state |= dict(agent=agent.state_dict(), optimizers=[o.state_dict() for o in agent.optimizers])
     if agent.args.save_buffer:
@@ -559,8 +557,7 @@ def train(args):
     agent = Agent(args, env, device)
     buffer = TransitionBuffer(args.buffer_size, args.num_envs, *agent.row_sizes, device)
     global_step, seconds = load_checkpoint(run_dir, agent, buffer) if args.resume else (0, 0.0)
-    count = args.demonstration_episodes
-    episodes = envs.demonstrations.load(args.demonstrations, env.envs[0], count)
+    episodes = envs.demonstrations.load(args.demonstrations, env, args.demonstration_episodes)
     expert = agent.make_expert_buffer(episodes)
     # a resumed run whose buffer was not saved fills a new one
     first_update = global_step + max(0, args.learning_starts - int(buffer.steps) * args.num_envs)
@@ -581,8 +578,7 @@ def train(args):
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     expert_return = np.mean([episode["rewards"].sum() for episode in episodes])
     writer.add_scalar("charts/expert_return", expert_return, global_step)
-    if global_step < args.learning_starts:
-        bar.write(f"actions are random until learning starts at step {args.learning_starts}")
+    bar.write(f"random actions until step {args.learning_starts}, updates from {first_update} on")
     stopped_by = []
     for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:  # as by nohup
@@ -618,7 +614,7 @@ def train(args):
             for name, key in ("return", "r"), ("length", "l"):
                 writer.add_scalar(f"charts/episodic_{name}", info["episode"][key][i], env_step[i])
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
-        keep = to_device(~final, device).unsqueeze(-1)  # so does the internal state
+        keep = to_device(~final, device).unsqueeze(-1)  # z and a_prev begin anew, too
         z, a_prev = z_next * keep, action * keep
         first, final = final, terminated | truncated
         updates_due = global_step - last_step if global_step >= first_update else 0
@@ -649,7 +645,8 @@ def train(args):
 
 def parse_args():
     """The command line, over the options of the run to resume or what the task wants."""
-    asked = tyro.cli(Args, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
+    unchecked = type("Args", (Args,), dict(__post_init__=lambda self: None))
+    asked = tyro.cli(unchecked, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
     options = TUNED.get(asked.env_id.split("-")[0], {})
     if asked.resume is not None:
         try:

@@ -56,8 +56,8 @@ class Args:
     tau: float = 0.005  # share of a network that goes into its target, in (0, 1]
     actor_lr: float = 3e-4  # learning rate of the actor
     critic_lr: float = 1e-3  # learning rate of the critic
-    exploration_noise: float = 0.1  # std of the behaviour's noise on the action, in [-1, 1]
-    exploration_noise_z: float = 0.1  # std of its noise on the internal state, in [-1, 1]
+    exploration_noise: float = 0.1  # std of the noise on the action, which is in [-1, 1]
+    exploration_noise_z: float = 0.1  # that of the internal state, which is in [-1, 1], too
     policy_noise: float = 0.2  # std of the noise on the actions of the target
     noise_clip: float = 0.5  # largest noise on the actions of the target
     policy_frequency: int = 2  # updates of the critic for each of actor, targets and stored z
@@ -112,8 +112,8 @@ TUNED = {  # defaults that differ by task; options on the command line come befo
 class DeterministicStatefulActor(nn.Module):
     """The deterministic policy and internal-state kernel (a, z') = mu(o, z, a_prev).
 
-    A recurrent cell gives z', from which the policy reads the action. In training both get noise;
-    the policy reads z' before it.
+    A recurrent cell gives z', from which the policy reads the action. In training noise is added to
+    both, to z' after the policy has read it.
 
     Shapes: o [B, O]; z, z' [B, Z] in [-1, 1]; a, a_prev [B, A] in [-1, 1]. For an LSTM
     z = (h, tanh c), which carries the cell state in the same interval and so clips it at +-7.25.
@@ -133,7 +133,7 @@ class DeterministicStatefulActor(nn.Module):
         self.policy_hidden = nn.Linear(256 + self.state_dim, 256)
         self.policy_head = nn.Linear(256, action_dim)
 
-    def next_state(self, obs, z, a_prev):
+    def noise_free_z(self, obs, z, a_prev):
         """mu_z [B, Z]: the internal state after `obs`, without noise."""
         if self.state_dim == 0:
             return z
@@ -146,9 +146,9 @@ class DeterministicStatefulActor(nn.Module):
 
     def forward(self, obs, z, a_prev):
         """a [B, A] and z' [B, Z] without noise."""
-        z_next = self.next_state(obs, z, a_prev)
-        h = torch.cat([torch.relu_(self.policy_obs(obs)), z_next[..., : self.state_dim]], -1)
-        a = torch.tanh(self.policy_head(torch.relu_(self.policy_hidden(h))))
+        z_next = self.noise_free_z(obs, z, a_prev)
+        features = torch.cat([torch.relu_(self.policy_obs(obs)), z_next[..., : self.state_dim]], -1)
+        a = torch.tanh(self.policy_head(torch.relu_(self.policy_hidden(features))))
         return a, z_next
 
     @torch.no_grad()
@@ -419,7 +419,7 @@ def views(obs):
 
 def save_checkpoint(run_dir, agent, buffer, **state):
     """Write RUN/checkpoint.pt whole or not at all, so that a kill leaves the last good one."""
-    if not all(x.isfinite().all() for x in [*agent.parameters(), buffer.rows]):
+    if not all(x.isfinite().all() for x in [*agent.parameters(), *buffer.rows.aminmax()]):
         sys.exit(f"weights or data are not finite any more; {run_dir} keeps its last checkpoint")
     state |= dict(agent=agent.state_dict(), optimizers=[o.state_dict() for o in agent.optimizers])
     if agent.args.save_buffer:
@@ -484,8 +484,7 @@ def train(args):
     (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
-    if global_step < args.learning_starts:
-        bar.write(f"actions are random until learning starts at step {args.learning_starts}")
+    bar.write(f"random actions until step {args.learning_starts}, updates from {first_update} on")
     stopped_by = []
     for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:  # as by nohup
@@ -520,7 +519,7 @@ def train(args):
             for name, key in ("return", "r"), ("length", "l"):
                 writer.add_scalar(f"charts/episodic_{name}", info["episode"][key][i], env_step[i])
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
-        keep = to_device(~final, device).unsqueeze(-1)  # so does the internal state
+        keep = to_device(~final, device).unsqueeze(-1)  # z and a_prev begin anew, too
         z, a_prev = z_next * keep, action * keep
         first, final = final, terminated | truncated
         updates_due = global_step - last_step if global_step >= first_update else 0
@@ -551,7 +550,8 @@ def train(args):
 
 def parse_args():
     """The command line, over the options of the run to resume or what the task wants."""
-    asked = tyro.cli(Args, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
+    unchecked = type("Args", (Args,), dict(__post_init__=lambda self: None))
+    asked = tyro.cli(unchecked, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
     options = TUNED.get(asked.env_id.split("-")[0], {})
     if asked.resume is not None:
         try:

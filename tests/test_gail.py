@@ -78,7 +78,7 @@ def test_rows_of_the_discriminator():
     """Every transition, and what stands for the steps in the absorbing state, once."""
     agent, expert, _ = make_agent(gamma=0.9)
     agent.normalizer.update(5 + torch.randn(100, STATE), torch.ones(100))
-    rows, weight = agent.rows(expert)
+    rows, weight = agent.judged_rows(expert)
     expected = []
     for one in EPISODES:
         state = agent.normalizer(torch.tensor(one["critic_observations"][:-1]))
@@ -89,7 +89,7 @@ def test_rows_of_the_discriminator():
     assert (weight[:-1] <= 1).all() and weight[-1].item() == pytest.approx(10)  # one terminated
     assert rows[-1].tolist() == [0, 0, 0, 0, 1]
     agent, expert, _ = make_agent(absorbing=False)
-    rows, weight = agent.rows(expert)
+    rows, weight = agent.judged_rows(expert)
     assert weight[-1] == 0 and weight.sum() == 17
 
 
@@ -195,7 +195,7 @@ def test_the_loss_of_cloning_is_that_of_the_next_rows_of_all_episodes(steps, row
     agent, expert, _ = make_agent(episodes=episodes, bc_steps=steps, std_z=0.2)
     monkeypatch.setattr(s2pg_gail, "descend", lambda optimizer, loss: None)
     torch.manual_seed(1)
-    actual = agent.clone(expert)
+    actual = agent.clone_behaviour(expert)
     shown = np.concatenate([one["observations"][:-1] for one in episodes])
     np.testing.assert_allclose(agent.actor.normalizer.mean, shown.mean(0), rtol=1e-4)
     np.testing.assert_allclose(agent.actor.normalizer.var, shown.var(0), rtol=1e-4)
@@ -226,7 +226,7 @@ def test_cloning_needs_an_internal_state_where_the_expert_had_one(memoryless):
         episodes.append(one)
     options = dict(memoryless=memoryless, bc_steps=200, state_dim=32)
     agent, expert, _ = make_agent((1, 1, 1), episodes, **options)
-    loss = agent.clone(expert).item()
+    loss = agent.clone_behaviour(expert).item()
     # without: 0 is the best guess for the two of six actions that neither o nor a_prev give away
     assert loss > 0.15 if memoryless else loss < 0.08
 

@@ -179,7 +179,7 @@ def test_acting_is_sampling_and_noise_free_acting_uses_no_random_numbers(script,
     assert torch.equal(torch.get_rng_state(), state)
     noisy_a, noisy_z = actor.act(*x)
     if script is s2pg_sac:
-        torch.testing.assert_close(z, actor.next_state(*x), atol=1e-5, rtol=0)
+        torch.testing.assert_close(z, actor.noise_free_z(*x), atol=1e-5, rtol=0)
         noise_free, noisy, sizes = [a, z], [noisy_a, noisy_z], [ACTION, actor.z_dim]
     else:
         assert torch.equal(z, noisy_z)

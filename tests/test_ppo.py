@@ -203,9 +203,10 @@ CUE = dict(env_id="CueRecall-v0", env_kwargs=dict(horizon=5))
 @SCRIPTS
 @pytest.mark.parametrize(("task", "anneal"), [(PENDULUM, True), (CUE, False)])
 def test_a_rollout_holds_what_was_seen_and_done(script, task, anneal, tmp_path, monkeypatch):
-    """The last rollout is a short one. Of the internal state tests/test_scripts.py knows.
+    """Of the internal state tests/test_scripts.py knows.
 
-    The learning rate falls linearly from the full one, by the steps done before each rollout.
+    The learning rate falls linearly from the full one, by the steps done before each rollout. A
+    rollout that the run does not complete is not learned from.
     """
     torch.set_default_dtype(torch.float32)
     monkeypatch.chdir(tmp_path)
@@ -240,10 +241,9 @@ def test_a_rollout_holds_what_was_seen_and_done(script, task, anneal, tmp_path, 
         assert math.isclose(rollout.lr, 0.01 * left / 150 if anneal else 0.01, rel_tol=1e-6)
         for t in range(21):
             (obs, state, z, a_prev), (sample, _, log_prob, value) = next(acts)
-            if t == 20 or left <= 0:  # the next rollout begins with this row
+            if t == 20:  # the next rollout begins with this row
                 assert torch.equal(rollout.value[t], value)
                 assert rollout.first[t].tolist() == first.tolist()
-                assert (rollout.first[t + 1 :] == 1).all()
                 break
             played, (_, reward, terminated, truncated, _) = next(steps)
             numbers = (torch.as_tensor(x).float() for x in (reward, terminated, first))
@@ -255,7 +255,7 @@ def test_a_rollout_holds_what_was_seen_and_done(script, task, anneal, tmp_path, 
             clipped += int((action.abs() > 1).sum())
             left -= int((~final).sum())
             first, final = final, terminated | truncated
-    assert clipped > 0 and len(rollouts) >= 3 and t < 20
+    assert clipped > 0 and len(rollouts) >= 2 and 0 < left < 60
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,6 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import torch
 import tyro
@@ -37,7 +36,7 @@ from torch import nn
 
 import envs
 import envs.demonstrations
-from envs.wrappers import Split, UnitActions
+from envs.wrappers import Split, UnitActions, layer
 
 
 @dataclass
@@ -64,9 +63,9 @@ class Options:
 class Policy(nn.Module):
     """action, z = policy(obs, z, a_prev): without noise, in the units of the environment.
 
-    z and a_prev, the last action, are zeros when an episode begins. The network is then to get the
-    middle of the actions as a_prev, and that is not zero where bounds are not symmetric. So the
-    last value of z tells whether there has been an action, and until then a_prev does not count.
+    z and a_prev, the last action, are zeros when an episode begins. For the network "no action yet"
+    is the middle of the bounds, which need not be 0 in the units of the environment. So z has one
+    value more, the last: while it is 0, a_prev is ignored.
     """
 
     def __init__(self, actor, box):
@@ -115,41 +114,35 @@ def load(run, num_envs, video_folder=None, best=False):
     return saved, env, agent
 
 
-def layer(env, kind):
-    """The wrapper of this kind around the first environment; None where there is none."""
-    env = getattr(env, "envs", [None])[0]
-    while isinstance(env, gym.Wrapper) and not isinstance(env, kind):
-        env = env.env
-    return env if isinstance(env, kind) else None
-
-
 def describe(saved, env, actor, box):
-    """What policy.json holds: of obs, the places of its values in the environment's own, if known.
+    """What policy.json holds: sizes, bounds of the action, options of the run.
 
-    Sizes, bounds of the action, seconds from step to step (null if unknown), options of the run.
+    `obs_index` has the places of obs in the environment's own observation, null if that is a Dict;
+    `seconds_per_step` is the `dt` of the environment, null where there is none.
     """
-    space, split = env.single_observation_space, layer(env, Split)
-    one = env.envs[0].unwrapped if hasattr(env, "envs") else env
-    fps = one.metadata.get("render_fps")
+    space, first = env.single_observation_space, getattr(env, "envs", [env])[0]
+    split, dt = layer(first, Split), getattr(first.unwrapped, "dt", None)
     return dict(
         env_id=saved["env_id"],
-        obs_size=(space["policy"] if isinstance(space, gym.spaces.Dict) else space).shape[0],
+        obs_size=envs.views(getattr(space, "spaces", space))[0].shape[0],
         obs_index=None if split is None else np.flatnonzero(split.visible).tolist(),
         z_size=actor.z_dim + 1,
         action_size=actor.action_dim,
         action_low=box.low.tolist(),
         action_high=box.high.tolist(),
-        seconds_per_step=getattr(one, "dt", 1 / fps if fps else None),
+        seconds_per_step=None if dt is None else float(dt),
         run=saved,
     )
 
 
 def export(path, saved, env, actor):
     """Write the policy as a program of torch.export, whole or not at all."""
-    unit = layer(env, UnitActions)
+    unit = layer(getattr(env, "envs", [env])[0], UnitActions)
     box = env.single_action_space if unit is None else unit.box
     if (box.low == box.high).any():  # from what the environment does one cannot tell a_prev
         sys.exit("a policy with an action whose bounds are equal cannot be exported")
+    if getattr(actor, "draw_x0", False):
+        sys.exit("a policy with --draw-x0 cannot be exported, as its actions are drawn")
     about = describe(saved, env, actor, box)
     zeros = tuple(torch.zeros(about[f"{name}_size"]) for name in ("obs", "z", "action"))
     with warnings.catch_warnings():  # what nn.GRU does to its weights when it is traced
@@ -162,6 +155,8 @@ def export(path, saved, env, actor):
         os.replace(f"{path}.tmp", path)
     except OSError as error:
         sys.exit(f"{path} cannot be written: {error.strerror}")
+    finally:
+        Path(f"{path}.tmp").unlink(missing_ok=True)
 
 
 def main(options):
@@ -184,7 +179,7 @@ def main(options):
         if "successes" in played[0]:
             success = f", success {np.mean([e['successes'].any() for e in played]):.0%}"
         print(
-            f"{mode}: return {np.mean(returns):.4g} +- {np.std(returns):.2g}, "
+            f"{mode}: return {np.mean(returns):.2f} +- {np.std(returns):.2f}, "
             f"length {length:.0f}{success}, {len(played)} episodes"
         )
         if options.save_demonstrations and mode == chosen:

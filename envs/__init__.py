@@ -75,7 +75,8 @@ def make(
 
     Raises:
         UsageError: The id, an option or the environment's spaces are not among those above; or
-            later, an observation or a reward is not finite or has a shape that its space has not.
+            later, an observation or a reward is not finite, or has another shape
+            than its space.
     """
     if hide not in HIDE:
         raise UsageError(f"hide is one of {', '.join(map(repr, HIDE))}, not {hide!r}.")
@@ -98,7 +99,7 @@ def make(
     except (gym.error.Error, ImportError) as error:
         raise UsageError(f"{env_id!r} cannot be made: {error}") from error
     except (TypeError, ValueError, ArithmeticError, OSError) as error:
-        if not env_kwargs.keys() - {"render_mode"}:
+        if not env_kwargs:
             raise  # no argument of the user's is to blame, so it is a bug with a traceback
         raise UsageError(f"{env_id!r} cannot be made with {env_kwargs}: {error}") from error
 
@@ -143,8 +144,8 @@ def make_vec(
     """
     if not isinstance(num_envs, Integral) or num_envs < 1:
         raise UsageError(f"num_envs is a whole number of at least 1, not {num_envs!r}.")
-    makers = [functools.partial(_make_one, env_id, None, options) for _ in range(num_envs)]
-    makers[0] = functools.partial(_make_one, env_id, video_folder, options)
+    folders = [video_folder] + [None] * (num_envs - 1)
+    makers = [functools.partial(_make_one, env_id, folder, options) for folder in folders]
     env = Together(makers, autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP)
     env.critic_sees_more = env.get_attr("critic_sees_more")[0]
     return env
@@ -158,7 +159,7 @@ def _make_one(env_id: str, video_folder: str | None, options: dict) -> gym.Env:
         try:
             env.reset(seed=0)
             env.render()
-            env = gym.wrappers.RecordVideo(env, video_folder, disable_logger=True)
+            env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: True)
         except Exception as error:  # graphics drivers raise what they like
             raise UsageError(
                 f"cannot record video: {error!r} (without a screen, MUJOCO_GL=egl may help)"

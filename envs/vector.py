@@ -45,11 +45,13 @@ class Together(gym.vector.SyncVectorEnv):
             return tqdm.write(f"step {step}: not evaluated, {error}")
         for name, value in result.items():
             writer.add_scalar(f"eval/{name}", value, step)
-        means = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+        means = ", ".join(f"{name} {round(value, 2)}" for name, value in result.items())
         tqdm.write(f"step {step}: {means}")
 
-        best, score = Path(writer.log_dir, "best.pt"), result["return_stochastic"]
-        if not best.is_file() or torch.load(best, weights_only=True)["score"] < score:
+        best, score, highest = Path(writer.log_dir, "best.pt"), result["return_stochastic"], -np.inf
+        if best.is_file():
+            highest = torch.load(best, map_location="cpu", weights_only=True)["score"]
+        if score > highest:
             torch.save(dict(agent=agent.state_dict(), step=step, score=score), f"{best}.tmp")
             os.replace(f"{best}.tmp", best)
 
@@ -90,7 +92,7 @@ def evaluate(actor, env: gym.vector.VectorEnv, episodes: int, deterministic: boo
         a_prev = torch.zeros(n, actor.action_dim, device=device)
         final = np.zeros(n, dtype=bool)  # rows that hold the last observation of an episode
         while any(len(p) < share for p, share in zip(played, shares)):
-            policy_obs, critic_obs = views(obs)
+            policy_obs, critic_obs = (np.array(view) for view in views(obs))  # obs may be reused
             policy_input = torch.as_tensor(policy_obs, dtype=torch.float32, device=device)
             action, z = actor.act(policy_input, z, a_prev, deterministic)
             a = action.cpu().numpy()
@@ -125,7 +127,7 @@ def evaluate(actor, env: gym.vector.VectorEnv, episodes: int, deterministic: boo
 
 @contextlib.contextmanager
 def own_random_numbers(device: torch.device):
-    """What is drawn inside is not missed outside, from torch, `random` and `np.random`."""
+    """Restore the random states of torch, `random` and `np.random` at the end."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -73,6 +73,8 @@ class Checked(gym.Wrapper, RecordConstructorArgs):
 
     def check(self, name: str, value, shape: tuple) -> np.ndarray:
         value = np.asarray(value)
+        if value.dtype.kind not in "biuf":
+            self.refuse(name, f"is of type {value.dtype}, and no number")
         if value.shape != shape:
             self.refuse(name, f"has the shape {value.shape}, and not {shape}")
         if not np.abs(value).max() <= LARGEST:  # nor if there is a NaN
@@ -148,7 +150,7 @@ class Quiet(gym.Wrapper, RecordConstructorArgs):
         return *result, self.quiet(info)
 
     def quiet(self, info: dict) -> dict:
-        return {name: bool(info[name]) for name in SUCCESS if name in info}
+        return {name: bool(np.any(info[name])) for name in SUCCESS if name in info}
 
 
 class UnitActions(gym.ActionWrapper, RecordConstructorArgs):
@@ -174,13 +176,20 @@ class UnitActions(gym.ActionWrapper, RecordConstructorArgs):
             raise UsageError("the action is not finite: training has diverged")
         share = 0.5 * (np.asarray(action, np.float64) + 1)
         scaled = self.low + share * (self.high - self.low)
-        return np.minimum(np.maximum(scaled, self.low), self.high).astype(self.box.dtype)
+        return scaled.clip(self.low, self.high).astype(self.box.dtype)
 
     def reverse(self, action: np.ndarray) -> np.ndarray:
         """From the units of the environment, clipped to its bounds, to [-1, 1], [..., A]."""
         held = self.low == self.high
         share = (np.asarray(action, np.float64) - self.low) / (self.high - self.low + held)
         return np.where(held, 0, 2 * share - 1).clip(-1, 1).astype(np.float32)
+
+
+def layer(env, kind):
+    """The outermost wrapper of this kind, `env` itself included; None where there is none."""
+    while isinstance(env, gym.Wrapper) and not isinstance(env, kind):
+        env = env.env
+    return env if isinstance(env, kind) else None
 
 
 def check_vector(space: spaces.Space, what: str):

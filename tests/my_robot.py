@@ -6,6 +6,7 @@ import numpy as np
 
 class Robot(gym.Env):
     observation_space = gym.spaces.Box(-9, 9, (3,), np.float64)
+    dt = np.float32(0.05)
 
     def __init__(self, low=2.0, faulty=False):
         self.action_space = gym.spaces.Box(np.float32([-1, low]), np.float32([3, 2.5]))

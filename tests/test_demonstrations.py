@@ -148,6 +148,13 @@ def test_what_is_written_is_read_again(env_id, options, largest, path):
     np.testing.assert_allclose(written["actions"], expected, rtol=1e-6)
 
 
+def test_an_environment_may_have_an_attribute_visible(path, monkeypatch):
+    monkeypatch.setattr("envs.memory.CueRecall.visible", True, raising=False)
+    env = envs.make_vec("CueRecall-5-v0")
+    save(path, envs.evaluate(Noise(1, 1), env, 1, False, 0), env, {})
+    assert len(load(path, env)) == 1
+
+
 def test_a_file_is_written_whole_or_not_at_all(path, tmp_path, monkeypatch):
     env = envs.make_vec("CueRecall-5-v0")
     played = envs.evaluate(Noise(1, 1), env, 1, False, 0)
@@ -162,6 +169,7 @@ def test_a_file_is_written_whole_or_not_at_all(path, tmp_path, monkeypatch):
     with pytest.raises(envs.UsageError, match="cannot be written: No space left on device"):
         save(path, played, env, {})
     assert (tmp_path / "expert.npz").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
     monkeypatch.undo()
     with pytest.raises(envs.UsageError, match=r"no/expert\.npz cannot be written: No such file"):
         save(tmp_path / "no" / "expert.npz", played, env, {})
@@ -174,6 +182,7 @@ def test_a_file_is_written_whole_or_not_at_all(path, tmp_path, monkeypatch):
 OLD = dict(env_kwargs={}, wind=False, random_bodies=False, hide="none")  # before they were kwargs
 NEW = dict(env_kwargs={}, hide="velocities")
 HEAVY, SLOW, WIND = dict(healthy_reward=0.5), dict(max_episode_steps=9), dict(wind=True)
+TALL = dict(healthy_z_range=(0.6, 9.0))  # a list in JSON
 
 
 @each(
@@ -187,6 +196,7 @@ HEAVY, SLOW, WIND = dict(healthy_reward=0.5), dict(max_episode_steps=9), dict(wi
         (dict(env_kwargs=WIND | dict(random_bodies=False)), WIND, None),
         (dict(env_kwargs=dict(random_bodies=True)), dict(random_bodies=True), None),
         (dict(env_kwargs=SLOW), {}, None),
+        (dict(env_kwargs=TALL), TALL, None),
         (NEW, SLOW, None),
         (OLD | dict(env_kwargs=HEAVY), {}, r"\{'healthy_reward': 0.5\}, and here they are \{\}"),
         (NEW, HEAVY, r"env_kwargs \{\}, and here they are \{'healthy_reward': 0.5\}"),

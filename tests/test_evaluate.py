@@ -13,6 +13,7 @@ import torch
 import envs
 import envs.demonstrations
 import evaluate
+import flow_sac
 import s2pg_sac
 
 CUE = dict(env_id="CueRecall-v0", env_kwargs=dict(horizon=5))
@@ -72,25 +73,34 @@ def test_an_exported_policy_acts_as_in_the_evaluation(tmp_path):
             np.testing.assert_allclose(file["actions"][:, 0], file["rewards"], rtol=1e-5)
             assert (abs(file["actions"][:, 1] - 2.25) <= 0.25).all()
     words = [sys.executable, "-c", WITHOUT_US, *runs]
-    result = subprocess.run(words, capture_output=True, text=True)
+    result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0 and not result.stderr, result.stderr
     for actions, demo in zip(json.loads(result.stdout), demonstrations, strict=True):
         assert demo.std(0).min() > 1e-3
         np.testing.assert_allclose(actions, demo, rtol=0, atol=1e-5)
 
 
-def test_an_exported_policy_says_what_it_sees_and_does(tmp_path, capsys):
-    run = make_run(tmp_path, **PENDULUM, env_kwargs={})
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (PENDULUM, dict(obs_size=2, obs_index=[0, 1], action_low=[-3], seconds_per_step=0.04)),
+        (CUE, dict(obs_size=2, obs_index=None, action_low=[-1], seconds_per_step=None)),
+        (ROBOT, dict(obs_size=3, obs_index=[0, 1, 2], action_low=[-1, 2], seconds_per_step=0.05)),
+    ],
+)
+def test_an_exported_policy_says_what_it_sees_and_does(options, expected, tmp_path, capsys):
+    run = make_run(tmp_path, **options)
     evaluate.main(evaluate.Options(run, export=tmp_path / "policy.pt2"))
     assert not capsys.readouterr().out  # nothing is played
     files = {"policy.json": ""}
     torch.export.load(tmp_path / "policy.pt2", extra_files=files)
     about = json.loads(files["policy.json"])
-    assert about.pop("run")["hide"] == "velocities"
-    assert about == dict(
-        env_id="InvertedPendulum-v4", obs_size=2, obs_index=[0, 1], z_size=33, action_size=1,
-        action_low=[-3], action_high=[3], seconds_per_step=pytest.approx(0.04),
-    )  # fmt: skip
+    assert about["run"]["script"] == "s2pg_sac.py" and about["z_size"] == 33
+    seconds = expected.pop("seconds_per_step")
+    assert about["seconds_per_step"] == (seconds and pytest.approx(seconds))
+    expected |= dict(env_id=options["env_id"].split(":")[-1])
+    about["env_id"] = about["env_id"].split(":")[-1]
+    assert {name: about[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
@@ -112,7 +122,7 @@ def test_it_prints_films_and_saves_the_same_episodes(stochastic, tmp_path, capsy
     modes = ["noise-free", "stochastic"]
     assert [line.split(":")[0] for line in lines[:2]] == modes
     assert lines[stochastic] == (
-        f"{modes[stochastic]}: return {returns.mean():.4g} +- {returns.std():.2g}, "
+        f"{modes[stochastic]}: return {returns.mean():.2f} +- {returns.std():.2f}, "
         "length 5, 9 episodes"
     )
     different = {tuple(episode["actions"][:, 0]) for episode in episodes}
@@ -147,7 +157,7 @@ def test_it_tells_the_rate_of_success(tmp_path, monkeypatch, capsys):
     ]
     monkeypatch.setattr(envs, "evaluate", lambda *args: episodes)
     evaluate.main(evaluate.Options(run))
-    line = "return 3 +- 0, length 3, success 40%, 5 episodes"
+    line = "return 3.00 +- 0.00, length 3, success 40%, 5 episodes"
     assert capsys.readouterr().out == f"noise-free: {line}\nstochastic: {line}\n"
 
 
@@ -196,3 +206,9 @@ def test_an_action_that_is_held_cannot_be_exported(tmp_path):
     with pytest.raises(SystemExit, match="bounds are equal"):
         evaluate.main(evaluate.Options(run, export=tmp_path / "policy.pt2"))
     assert not list(tmp_path.glob("policy.*"))
+
+
+def test_a_flow_that_draws_its_first_noise_cannot_be_exported(tmp_path):
+    run = make_run(tmp_path, flow_sac, **CUE, draw_x0=True)
+    with pytest.raises(SystemExit, match="--draw-x0 cannot be exported"):
+        evaluate.main(evaluate.Options(run, export=tmp_path / "policy.pt2"))

@@ -126,7 +126,7 @@ def test_a_run_under_nohup_outlives_its_terminal():
             [*prefix, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         (line,) = [next(process.stdout)]
-        assert b"random until" in line
+        assert b"random actions until" in line
         while not list(Path("runs").glob("*/checkpoint.pt")):
             assert process.poll() is None
         process.send_signal(signal.SIGHUP)

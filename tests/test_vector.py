@@ -110,10 +110,10 @@ def test_of_info_there_is_what_tells_success_and_the_statistics():
 
 def test_video_is_recorded_of_the_first_environment(tmp_path):
     env = envs.make_vec("CueRecall-5-v0", 2, video_folder=str(tmp_path / "videos"))
-    envs.evaluate(Counter(), env, 4, True, 0)
+    envs.evaluate(Counter(), env, 6, True, 0)
     env.close()
     names = sorted(path.name for path in (tmp_path / "videos").glob("*.mp4"))
-    assert names[:2] == ["rl-video-episode-0.mp4", "rl-video-episode-1.mp4"]
+    assert names[:3] == [f"rl-video-episode-{i}.mp4" for i in range(3)]
     assert env.envs[1].render_mode is None
 
 
@@ -123,10 +123,21 @@ def test_what_cannot_be_recorded_is_told_in_a_sentence(tmp_path, monkeypatch):
 
     with pytest.raises(envs.UsageError, match="'Scripted-v0' cannot be rendered as 'rgb_array'"):
         envs.make_vec("Scripted-v0", video_folder=str(tmp_path))
+    gym.register("Bare-v0", lambda: Scripted())  # without an argument render_mode
+    with pytest.raises(envs.UsageError, match=r"'Bare-v0' cannot be made with {'render_mode'"):
+        envs.make_vec("Bare-v0", video_folder=str(tmp_path))
     monkeypatch.setattr("envs.memory.CueRecall.render", render)
     message = r"^cannot record video: OSError\('no screen'\) .*MUJOCO_GL=egl may help\)$"
     with pytest.raises(envs.UsageError, match=message):
         envs.make_vec("CueRecall-v0", video_folder=str(tmp_path))
+
+
+def test_an_environment_may_use_one_array_for_all_its_observations():
+    maker = lambda: gym.wrappers.RescaleAction(Scripted(), -1, 1)  # noqa: E731
+    mode = gym.vector.AutoresetMode.NEXT_STEP
+    env = gym.vector.SyncVectorEnv([maker], copy=False, autoreset_mode=mode)
+    (episode,) = envs.evaluate(Counter(2), env, 1, True, 0)
+    assert episode["observations"][:, 0].tolist() == [0, 1, 2, 3]
 
 
 # --- their border ---------------------------------------------------------------------------------
@@ -185,8 +196,9 @@ def test_the_space_of_actions_is_the_one_that_wrappers_left():
         (dict(observation=[0.0, -np.inf]), "observation holds -inf"),
         (dict(observation=[1e39, 0.0]), r"observation holds 1e\+39"),
         (dict(observation=[0.0]), r"observation has the shape \(1,\), and not \(2,\)"),
-        (dict(observation=None), r"observation has the shape \(\)"),
+        (dict(observation=None), "observation is of type object, and no number"),
         (dict(reward=np.nan), "reward holds nan"),
+        (dict(reward=None), "reward is of type object, and no number"),
         (dict(reward=np.zeros(1)), r"reward has the shape \(1,\), and not \(\)"),
     ],
 )

@@ -19,7 +19,7 @@ import numpy as np
 from envs.errors import UsageError
 from envs.mujoco import RandomBodies, Wind
 from envs.vector import literals
-from envs.wrappers import PolicyAndCritic, UnitActions
+from envs.wrappers import PolicyAndCritic, Split, UnitActions, layer
 
 __all__ = ["load", "rows", "save"]
 
@@ -133,6 +133,8 @@ def save(path: str, episodes: list[dict], env: gym.Env, made_by: dict):
         os.replace(f"{path}.tmp", path)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        Path(f"{path}.tmp").unlink(missing_ok=True)
 
 
 def _from_file(path):
@@ -257,35 +259,32 @@ def _one(env):
 
 def _actions(env):
     """The unit of the actions of `env` as `gymnasium.make` returned it, whatever wraps it now."""
-    while isinstance(env, gym.Wrapper) and not isinstance(env, PolicyAndCritic):
-        env = env.env
-    return UnitActions(env)
+    return UnitActions(layer(env, PolicyAndCritic) or env.unwrapped)
 
 
 def _variant(env):
     """What makes `env` another task than its id says: arguments of `envs.make`."""
-    layers, inner = set(), env
-    while isinstance(inner, gym.Wrapper):
-        layers.add(type(inner))
-        inner = inner.env
-    options = dict(wind=Wind in layers, random_bodies=RandomBodies in layers)
-    return _variant_of(options | dict(env_kwargs=inner.spec.kwargs), inner.spec.id)
+    layers, spec = dict(wind=Wind, random_bodies=RandomBodies), env.unwrapped.spec
+    options = {name: layer(env, kind) is not None for name, kind in layers.items()}
+    return _variant_of(options | dict(env_kwargs=spec.kwargs), spec.id)
 
 
 def _variant_of(options, env_id):
-    """The same of the options of a script; those of older files name wind and bodies themselves."""
+    """The same of the options of a script; those of older files name wind and bodies themselves.
+
+    As JSON has it, where a tuple is a list.
+    """
     older = {name: options[name] for name in ("wind", "random_bodies") if name in options}
     usual = gym.spec(env_id).kwargs | dict(wind=False, random_bodies=False)
-    return {
+    chosen = {
         name: value
         for name, value in (older | literals(options["env_kwargs"])).items()
         if name not in SAME_TASK and (name, value) not in usual.items()
     }
+    return json.loads(json.dumps(chosen, default=str))
 
 
 def _visible(env):
     """What the policy sees of the whole state, a bool mask; None where that is not known."""
-    try:
-        return env.get_wrapper_attr("visible")
-    except AttributeError:
-        return None
+    split = layer(env, Split)
+    return None if split is None else split.visible

@@ -618,3 +618,15 @@ def test_the_baseline_has_networks_of_the_same_size_and_the_same_optimizer(rnn):
     assert sizes[0] == sizes[1] and options[0] == options[1]
     torch.testing.assert_close(std[1], torch.tensor([0.3] * ACTION))
     torch.testing.assert_close(std[0], torch.tensor([0.3] * ACTION + [0.15] * one.z_dim))
+
+
+def test_no_more_than_16_shapes_of_sequences_have_a_graph(monkeypatch):
+    """Each shape of a minibatch needs one, and holds memory of the card."""
+    monkeypatch.setattr(bptt_ppo, "Graphed", lambda function: function)
+    agent = make_agent(bptt_ppo)
+    agent.args.cudagraphs, agent.graphs = True, {}
+    monkeypatch.setattr(agent, "learn", lambda *columns: torch.zeros(len(bptt_ppo.LOSSES)))
+    for length in range(1, 39):
+        agent.update(fill(agent, *lanes([[(length, True)]] * 3, 40, [0, 0, 0])))
+        assert len(agent.graphs) <= 16
+    assert len(agent.graphs) == 16

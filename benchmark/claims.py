@@ -373,6 +373,7 @@ CLAIMS = {
         },
         [f"{FLOW} HalfCheetah-v4", f"{FLOW} Hopper-v4"],
         seeds=3,
+        threshold={"HalfCheetah-v4": 3000},
     ),
     "flow_memory": Claim(
         "A flow policy with a memory: does the one help the other?",
@@ -458,7 +459,7 @@ OVERVIEW = [
         "CueRecall-delayed-v0", "S2PG-SAC", "BPTT-SAC, L = the horizon", "memoryless SAC", True,
     ),
     Line(
-        "the same, S2PG with less noise and `--sobolev 1`", "delayed_response",
+        "the same, S2PG with `--chrono 32`, less noise and `--sobolev 1`", "delayed_response",
         "CueRecall-delayed-v0", "S2PG-SAC, chrono, less noise, Sobolev",
         "BPTT-SAC, L = the horizon", "memoryless SAC", True,
     ),

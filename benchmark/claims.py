@@ -374,6 +374,7 @@ CLAIMS = {
         [f"{FLOW} HalfCheetah-v4", f"{FLOW} Hopper-v4"],
         seeds=3,
         threshold={"HalfCheetah-v4": 3000},
+        clock=False,
     ),
     "flow_memory": Claim(
         "A flow policy with a memory: does the one help the other?",

@@ -75,6 +75,7 @@ def draw(rows, path):
         panel.set(yscale="log", title=f"{label}\n{env_id}", xlabel="environment steps")
         panel.spines[["top", "right"]].set_visible(False)
         panel.margins(x=0.12)
+        panel.locator_params(axis="x", nbins=3)
     panels[0][0].set_ylabel("|dQ/dx_k| over |dQ/dx_K|")
     figure.savefig(path, dpi=120)
 

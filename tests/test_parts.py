@@ -1,6 +1,7 @@
 """The parts of the SAC pair: densities, actors, critics, losses, and what one update does.
 
-Whatever is one text in both scripts is tested on s2pg_sac.py. Some tests are of PPO's actors, too.
+Whatever is one text in both scripts is tested on s2pg_sac.py. Some tests are of the actors of PPO
+and TD3, too.
 """
 
 import copy
@@ -8,7 +9,6 @@ import dataclasses
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict
@@ -19,15 +19,17 @@ import bptt_ppo
 import bptt_sac
 import s2pg_ppo
 import s2pg_sac
+import s2pg_td3
 
 OBS, CRITIC, ACTION, STATE = 5, 7, 3, 8
 CPU = torch.device("cpu")
 ACTORS = {
     s2pg_sac: "StochasticStatefulActor", bptt_sac: "RecurrentActor",
     s2pg_ppo: "GaussianStatefulActor", bptt_ppo: "RecurrentGaussianActor",
+    s2pg_td3: "DeterministicStatefulActor",
 }  # fmt: skip
 both_scripts = pytest.mark.parametrize("script", [s2pg_sac, bptt_sac], ids=lambda s: s.__name__)
-four_scripts = pytest.mark.parametrize("script", ACTORS, ids=lambda s: s.__name__)
+five_scripts = pytest.mark.parametrize("script", ACTORS, ids=lambda s: s.__name__)
 every_cell = pytest.mark.parametrize("rnn", ["gru", "lstm", "rnn"])
 
 
@@ -140,17 +142,17 @@ def kept(actor, z, steps):
     return z
 
 
-@four_scripts
+@five_scripts
 @pytest.mark.parametrize("rnn", ["gru", "lstm"])
 def test_a_kernel_keeps_what_its_gate_keeps(script, rnn):
-    """h of a GRU, c of an LSTM. Only S2PG-SAC confines them to (-1, 1)."""
+    """h of a GRU, c of an LSTM. S2PG-SAC and S2PG-TD3 confine them to (-1, 1)."""
     actor = make_actor(script, rnn=rnn)
     keep_everything(memory_of(actor))
-    z = (0.95 if script is s2pg_sac else 3) * (2 * torch.rand(100, actor.z_dim) - 1)
+    z = (0.95 if script in (s2pg_sac, s2pg_td3) else 3) * (2 * torch.rand(100, actor.z_dim) - 1)
     assert (kept(actor, z, 100) - z)[:, -STATE:].abs().max() < 1e-3
 
 
-@four_scripts
+@five_scripts
 @every_cell
 def test_action_and_internal_state_depend_on_all_that_the_policy_is_told(script, rnn):
     """o, z and a_prev; for an LSTM each half of z."""
@@ -300,14 +302,12 @@ def make_agent(script=s2pg_sac, space=BOTH, says={}, **options):  # noqa: B006
     )
     options = dict(state_dim=STATE, num_envs=2, buffer_size=400, batch_size=16) | options
     agent = script.Agent(script.Args(**options), env, CPU)
-    kind = s2pg_sac.TransitionBuffer if script is s2pg_sac else bptt_sac.SequenceBuffer
+    kind = bptt_sac.SequenceBuffer if script is bptt_sac else s2pg_sac.TransitionBuffer
     buffer = kind(400, 2, *agent.row_sizes, CPU)
     for t in range(60):
-        terminated, first = (np.full(2, t % 10 == k) for k in (8, 0))
-        buffer.add(
-            torch.randn(2, OBS), torch.randn(2, CRITIC), torch.rand(2, agent.z_dim),
-            2 * torch.rand(2, ACTION) - 1, torch.randn(2).numpy(), terminated, first,
-        )  # fmt: skip
+        terminated, first = ([t % 10 == k] * 2 for k in (8, 0))
+        obs, z, a = inputs(agent.actor, 2)
+        buffer.add(obs, torch.randn(2, CRITIC), z, a, torch.randn(2), terminated, first)
     return agent, buffer
 
 

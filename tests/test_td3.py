@@ -1,57 +1,30 @@
 """S2PG-TD3: its losses, what one update does, what is delayed, and which noise goes where.
 
-Whatever is one text with s2pg_sac.py is tested there.
+Whatever is one text with s2pg_sac.py is tested there; what its actor depends on and what it keeps,
+in tests/test_parts.py.
 """
 
 import copy
+import functools
 import inspect
 import math
 import operator
-from types import SimpleNamespace
 
 import pytest
+import test_parts
 import torch
-from gymnasium.spaces import Box, Dict
+from test_parts import ACTION, BOTH, BOX, CRITIC, EQUAL, OBS, STATE, every_cell, inputs
 
 import s2pg_sac
 import s2pg_td3
 
-OBS, CRITIC, ACTION, STATE = 5, 7, 3, 8
-CPU = torch.device("cpu")
-BOX, LARGER, ACTIONS = (Box(-1, 1, (n,)) for n in (OBS, CRITIC, ACTION))
-BOTH, EQUAL = Dict(policy=BOX, critic=LARGER), Dict(policy=BOX, critic=BOX)
-every_cell = pytest.mark.parametrize("rnn", ["gru", "lstm", "rnn"])
+make_actor = functools.partial(test_parts.make_actor, s2pg_td3)
+make_agent = functools.partial(test_parts.make_agent, s2pg_td3, batch_size=40)
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def make_actor(**options):
-    args = s2pg_td3.Args(**dict(state_dim=STATE) | options)
-    return s2pg_td3.DeterministicStatefulActor(OBS, ACTION, args)
-
-
-def inputs(actor, n):
-    """Some o, z and a_prev, [n, .]."""
-    z = 1.8 * torch.rand(n, actor.z_dim) - 0.9
-    return torch.randn(n, OBS), z, 2 * torch.rand(n, ACTION) - 1
-
-
-def make_agent(space=BOTH, says=None, **options):
-    """An agent, and its buffer with episodes of 9 transitions of 2 environments."""
-    env = SimpleNamespace(single_observation_space=space, single_action_space=ACTIONS)
-    if says is not None:
-        env.critic_sees_more = says
-    options = dict(state_dim=STATE, num_envs=2, buffer_size=400, batch_size=40) | options
-    agent = s2pg_td3.Agent(s2pg_td3.Args(**options), env, CPU)
-    buffer = s2pg_td3.TransitionBuffer(400, 2, *agent.row_sizes, CPU)
-    for t in range(60):
-        terminated, first = ([t % 10 == k] * 2 for k in (8, 0))
-        obs, z, a = inputs(agent.actor, 2)
-        buffer.add(obs, torch.randn(2, CRITIC), z, a, torch.randn(2), terminated, first)
-    return agent, buffer
 
 
 def test_the_critic_loss_and_its_gradient_are_those_of_the_rows_with_weight():
@@ -205,11 +178,14 @@ def test_all_but_the_critic_change_in_every_nth_update_only(frequency, tmp_path)
 @pytest.mark.parametrize("options", [dict(rnn="gru"), dict(rnn="lstm"), dict(memoryless=True)])
 @pytest.mark.parametrize(
     "space, says, width",
-    [(EQUAL, True, OBS), (BOTH, False, 0), (BOTH, None, CRITIC), (EQUAL, None, 0), (BOX, None, 0)],
-)
+    [
+        (EQUAL, dict(critic_sees_more=True), OBS), (BOTH, dict(critic_sees_more=False), 0),
+        (BOTH, {}, CRITIC), (EQUAL, {}, 0), (BOX, {}, 0),
+    ],
+)  # fmt: skip
 def test_every_kind_of_memory_updates(options, space, says, width):
     """The critic sees z, too, where it is told no more than the policy."""
-    agent, buffer = make_agent(space, says, policy_frequency=1, **options)
+    agent, buffer = make_agent(space=space, says=says, policy_frequency=1, **options)
     z_dim = 0 if "memoryless" in options else 2 * STATE if options["rnn"] == "lstm" else STATE
     assert agent.z_dim == agent.actor.z_dim == z_dim
     assert agent.row_sizes == (OBS, width, z_dim, ACTION)
@@ -256,35 +232,6 @@ def test_acting_stays_in_the_intervals_and_gradients_at_their_ends_are_finite(rn
     a, z_next = actor(torch.randn(64, OBS), z.requires_grad_(), a)
     grads = torch.autograd.grad(a.sum() + z_next.sum(), [z, *actor.parameters()])
     assert all(g.isfinite().all() for g in grads)
-
-
-@every_cell
-def test_action_and_internal_state_depend_on_all_that_the_policy_is_told(rnn):
-    """o, z and a_prev; for an LSTM each half of z."""
-    actor = make_actor(rnn=rnn)
-    obs, z, a_prev = inputs(actor, 4)
-    before, (h, c) = actor(obs, z, a_prev), z.chunk(2, -1)
-    for changed in (
-        (-obs, z, a_prev), (obs, torch.cat([-h, c], -1), a_prev),
-        (obs, torch.cat([h, -c], -1), a_prev), (obs, z, -a_prev),
-    ):  # fmt: skip
-        for x, y in zip(before, actor(*changed)):
-            assert (x != y).any(-1).all()
-
-
-@pytest.mark.parametrize("rnn, gates", [("gru", [0, 40, 0]), ("lstm", [-40, 40, 0, 0])])
-def test_a_gate_that_keeps_everything_keeps_the_memory(rnn, gates):
-    """Of a GRU z' = g and g = z for an open update gate; of an LSTM, the cell state."""
-    actor = make_actor(rnn=rnn)
-    with torch.no_grad():
-        for parameter in actor.cell.parameters():
-            parameter.zero_()
-        actor.cell.bias_ih.copy_(torch.tensor(gates).repeat_interleave(STATE))
-    z = start = 1.9 * torch.rand(20, actor.z_dim) - 0.95
-    for _ in range(100):
-        obs, _, a_prev = inputs(actor, 20)
-        _, z = actor.act(obs, z, a_prev, deterministic=True)
-    torch.testing.assert_close(z[:, -STATE:], start[:, -STATE:], rtol=0, atol=1e-3)
 
 
 def test_it_trains_as_s2pg_sac_does():

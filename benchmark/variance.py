@@ -35,8 +35,6 @@ K_Z, ACTION_STD, GAMMA = 0.5, 0.5, 0.99
 class Args:
     trajectories: int = 20_000
     """that a variance is measured with"""
-    batches: int = 100
-    """of so many trajectories each, for the check of the bias"""
     horizons: tuple[int, ...] = (1, 3, 10, 30, 100)
     """values of T"""
     z_ns: tuple[float, ...] = (0.5, 0.9, 1.0, 1.05, 1.2)
@@ -54,15 +52,14 @@ class Args:
 # --- estimators -----------------------------------------------------------------------------------
 
 
-def simulate(n, T, z_n, memory_std, rng, theta=THETA):
+def simulate(n, T, z_n, memory_std, rng):
     """n trajectories: s, a [T, n] and z [T + 1, n]."""
-    k_s, u = theta
     s = rng.uniform(-1, 1, (T, n))
     action_noise, memory_noise = rng.standard_normal((2, T, n))
     z = np.zeros((T + 1, n))
     for t in range(T):
-        z[t + 1] = z_n * z[t] + u * s[t] + memory_std * memory_noise[t]
-    return s, z, k_s * s + K_Z * z[:-1] + ACTION_STD * action_noise
+        z[t + 1] = z_n * z[t] + U * s[t] + memory_std * memory_noise[t]
+    return s, z, K_S * s + K_Z * z[:-1] + ACTION_STD * action_noise
 
 
 def discounted_returns(a):
@@ -158,17 +155,6 @@ def exact_gradient(z_n, memory_std, T):
     return torch.autograd.grad(exact_return(*theta, z_n, memory_std, T), theta)[0].numpy()
 
 
-def finite_differences(n, T, z_n, memory_std, seed, h=1e-3):
-    """[n, 2], central differences of single returns, with common random numbers."""
-
-    def returns(theta):
-        _, _, a = simulate(n, T, z_n, memory_std, np.random.default_rng(seed), theta)
-        return discounted_returns(a)[-1]
-
-    steps = h * np.eye(2)
-    return np.stack([(returns(THETA + d) - returns(THETA - d)) / (2 * h) for d in steps], -1)
-
-
 # --- measurements ---------------------------------------------------------------------------------
 
 
@@ -193,41 +179,6 @@ def measure(estimator, z_n, memory_std, args):
             variance_over_gradient=variance / (exact**2).sum(),
         ))  # fmt: skip
     return rows
-
-
-def mean_and_error(samples):
-    return samples.mean(0), samples.std(0) / math.sqrt(len(samples))
-
-
-def measure_bias(estimator, z_n, memory_std, T, args):
-    """(mean, standard error) of the estimator and of finite differences, from other numbers."""
-    samples, differences = [], []
-    for i in range(args.batches):
-        case = args.trajectories, T, z_n, memory_std
-        rng = np.random.default_rng([args.seed, i, 0])
-        samples.append(gradients(estimator, *case, rng)[-1])
-        differences.append(finite_differences(*case, [args.seed, i, 1]))
-    return mean_and_error(np.concatenate(samples)), mean_and_error(np.concatenate(differences))
-
-
-def print_bias(args, z_n=0.9, T=10):
-    n, stds = args.trajectories * args.batches, {"S2PG": args.memory_std, "BPTT": 0.0}
-    exact = {name: exact_gradient(z_n, std, T) for name, std in stds.items()}
-    print(f"Mean of {n} estimates, Zn = {z_n:g}, T = {T}, and how many standard errors it is away")
-    print("from the finite differences, from the closed form, from the closed form of the other")
-    heads = "estimator", "finite differences", "closed form"
-    print(f"{'':10s}", *(f"{head:>18s}" for head in heads), *(f"{z:>6s}" for z in ("z", "z", "z")))
-    for name, other in [("S2PG", "BPTT"), ("BPTT", "S2PG")]:
-        (mean, error), (difference, e) = measure_bias(name, z_n, stds[name], T, args)
-        z_scores = [
-            (mean - difference) / np.hypot(error, e),
-            (mean - exact[name]) / error,
-            (mean - exact[other]) / error,
-        ]
-        for i, parameter in enumerate(["k_s", "u"]):
-            cells = f"{mean[i]:8.4f} +- {error[i]:.4f}", f"{difference[i]:8.4f} +- {e[i]:.4f}"
-            cells = *(f"{cell:>18s}" for cell in cells), f"{exact[name][i]:18.4f}"
-            print(f"{name} d/d{parameter:4s}", *cells, *(f"{z[i]:6.2f}" for z in z_scores))
 
 
 def find(rows, **values):
@@ -342,7 +293,6 @@ def redraw(out):
 
 def main(args: Args):
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    print_bias(args)
     rows = []
     for z_n in args.z_ns:
         rows += measure("BPTT", z_n, 0.0, args)

@@ -126,7 +126,7 @@ def test_the_bounds_are_sums_over_time_of_squared_jacobians():
 def test_the_script_writes_a_row_for_each_case_and_a_picture(tmp_path, capsys):
     out = tmp_path / "new" / "v1.0"
     variance.main(variance.Args(
-        trajectories=300, batches=2, horizons=(2, 5), z_ns=(0.5, 1.2), memory_stds=(0.1, 0.5),
+        trajectories=300, horizons=(2, 5), z_ns=(0.5, 1.2), memory_stds=(0.1, 0.5),
         memory_std=0.3, out=str(out),
     ))  # fmt: skip
     assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
@@ -149,14 +149,10 @@ def test_the_script_writes_a_row_for_each_case_and_a_picture(tmp_path, capsys):
             exact_k_s=exact[0], exact_u=exact[1],
         )  # fmt: skip
         assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-9)
-    # a line for each Zn and T, for each Zn < 1 and std, and for each estimator and parameter
+    # a line for each Zn and T, and for each Zn < 1 and std
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("  0.5 ") for line in lines) == 2 + 3
     assert sum(line.startswith("  1.2 ") for line in lines) == 2
-    for name, memory_std in [("S2PG", 0.3), ("BPTT", 0)]:
-        for parameter, exact in zip(["k_s", "u"], variance.exact_gradient(0.9, memory_std, T=10)):
-            (line,) = [line for line in lines if line.startswith(f"{name} d/d{parameter} ")]
-            assert f" {exact:.4f} " in line
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -164,18 +160,6 @@ def test_the_seed_decides_the_numbers(estimator):
     args = [variance.Args(trajectories=50, horizons=(1, 5), seed=seed) for seed in (1, 1, 2)]
     first, again, other = (variance.measure(estimator, 0.9, 0.5, own) for own in args)
     assert first == again and all(a["variance"] != b["variance"] for a, b in zip(first, other))
-
-
-@pytest.mark.parametrize(("estimator", "memory_std"), [("S2PG", 0.5), ("BPTT", 0)])
-def test_the_check_of_the_bias_takes_new_trajectories_for_each_batch(estimator, memory_std):
-    args = variance.Args(trajectories=500, batches=40)
-    exact = variance.exact_gradient(0.9, memory_std, T=4)
-    (mean, error), *differences = variance.measure_bias(estimator, 0.9, memory_std, 4, args)
-    assert (abs(mean - exact) < 4.5 * error).all()
-    total = trace_variance(estimator, 4, 0.9, memory_std)
-    assert math.isclose((error**2).sum(), total / (500 * 40), rel_tol=0.1)
-    ((mean, error),) = differences
-    assert (abs(mean - exact) < 4.5 * error).all() and (error < 0.05 * abs(exact)).all()
 
 
 def test_the_error_of_a_variance_is_its_spread_over_seeds():
@@ -186,8 +170,6 @@ def test_the_error_of_a_variance_is_its_spread_over_seeds():
 
 
 def test_there_may_be_no_contracting_recurrence_and_so_no_bad_case(tmp_path):
-    args = variance.Args(
-        trajectories=50, batches=1, horizons=(3,), z_ns=(1.2,), out=str(tmp_path / "v")
-    )
+    args = variance.Args(trajectories=50, horizons=(3,), z_ns=(1.2,), out=str(tmp_path / "v"))
     variance.main(args)
     assert len((tmp_path / "v.csv").read_text().splitlines()) == 1 + 2

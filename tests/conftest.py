@@ -10,10 +10,17 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
-def denormal_numbers():
-    """`train` turns them off in its process, and hypothesis refuses to work without them."""
+def fresh_torch():
+    """The same random numbers for each test; what `train` and tests change in torch is undone."""
+    torch.manual_seed(0)
     yield
-    torch.set_flush_denormal(False)
+    torch.set_flush_denormal(False)  # hypothesis refuses to work without denormal numbers
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def double_precision():
+    torch.set_default_dtype(torch.float64)
 
 
 def pytest_collection_modifyitems(items):

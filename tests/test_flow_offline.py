@@ -24,14 +24,7 @@ from benchmark import flow_offline
 ROOT = Path(__file__).resolve().parent.parent
 OBS, ACTION, BATCH, CPU = 3, 2, 5, torch.device("cpu")
 VELOCITIES = ["mlp", "flow_g", "flow_t", "none"]
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def make_actor(kind=flow_offline.FixedNoiseActor, **options):

@@ -14,14 +14,7 @@ import flow_sac
 OBS, ACTION, STATE, BATCH = 3, 2, 4, 5
 CPU = torch.device("cpu")
 VELOCITIES = ["mlp", "flow_g", "flow_t", "none"]
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def make_actor(velocity="flow_g", **options):

@@ -19,11 +19,6 @@ OBS, STATE, ACTION = 2, 3, 1
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def episode(steps, terminated=True, seed=0, sizes=(OBS, STATE, ACTION)):
     """As `envs.demonstrations.load` gives it, of random numbers."""
     rng, ends = np.random.default_rng(seed), np.arange(steps) == steps - 1

@@ -113,7 +113,6 @@ def test_the_expert_buffer_holds_the_demonstrations_with_the_internal_states_of_
 
 def two_worlds(**options):
     """An agent, a buffer whose states are all -1 and demonstrations in which they are all 1."""
-    torch.manual_seed(0)
     agent = lsiq(batch_size=64, **options)
     one = episode(30, seed=1, terminated=False)
     one["critic_observations"][:], one["observations"][:] = 1, 1

@@ -33,11 +33,6 @@ five_scripts = pytest.mark.parametrize("script", ACTORS, ids=lambda s: s.__name_
 every_cell = pytest.mark.parametrize("rnn", ["gru", "lstm", "rnn"])
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def make_actor(script=s2pg_sac, **options):
     args = script.Args(**dict(state_dim=STATE) | options)
     return getattr(script, ACTORS[script])(OBS, ACTION, args)

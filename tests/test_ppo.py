@@ -22,14 +22,7 @@ CPU = torch.device("cpu")
 SCRIPTS = pytest.mark.parametrize("script", [s2pg_ppo, bptt_ppo], ids=lambda s: s.__name__)
 RNN = pytest.mark.parametrize("rnn", ["gru", "lstm", "rnn"])
 random_tests = settings(max_examples=30, deadline=None)
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def make_agent(script, **options):

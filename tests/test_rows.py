@@ -155,7 +155,6 @@ def test_rows_are_drawn_uniformly():
     buffer, row = TransitionBuffer(50, 2, 1, 0, 1, 1, CPU), torch.zeros(2, 1)
     for t in range(60):
         buffer.add(row, row, row, row, np.zeros(2), np.zeros(2), np.full(2, t % 7 == 0))
-    torch.manual_seed(0)
     k = 2 * (25 - 2)  # neither the oldest of a ring nor the newest
     counts = torch.bincount(buffer.sample(400 * k).after)
     counts = counts[counts > 0].double()
@@ -241,7 +240,6 @@ def test_a_loss_on_all_rows_does_not_neglect_the_ends_of_episodes():
         step = t % (steps + 1)
         row, first, last = torch.full((1, 1), float(step)), step == 0, step == steps - 1
         buffer.add(row, row, row, row, np.zeros(1), np.array([last]), np.array([first]))
-    torch.manual_seed(0)
     batch = buffer.sample(length * 20_000, length, last=False)
     step = batch.obs[:, 0].long().clamp(max=steps - 1)
     weight = steps * torch.zeros(steps).index_add(0, step, batch.weight)

@@ -21,14 +21,7 @@ import rp_pgm
 
 OBS, ACTION, BATCH = 3, 2, 5
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def make_agent(**options):

@@ -22,11 +22,6 @@ make_actor = functools.partial(test_parts.make_actor, s2pg_td3)
 make_agent = functools.partial(test_parts.make_agent, s2pg_td3, batch_size=40)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def test_the_critic_loss_and_its_gradient_are_those_of_the_rows_with_weight():
     """Row by row: nothing is broadcast to B x B, what has no weight does not count.
 

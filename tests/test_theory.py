@@ -16,13 +16,7 @@ from gymnasium.spaces import Box, Dict
 import bptt_sac
 import s2pg_sac
 
-
-@pytest.fixture(autouse=True)
-def float64_and_seed():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 # --- a linear-Gaussian problem whose gradient is known --------------------------------------------

@@ -33,7 +33,6 @@ class Exact:
 
 @pytest.fixture
 def agent():
-    torch.manual_seed(0)
     env = SimpleNamespace(
         single_observation_space=gym.spaces.Box(-9, 9, (3,)),
         single_action_space=gym.spaces.Box(-1, 1, (2,)),

@@ -419,7 +419,7 @@ def speed_table(paths):
             algorithm = title.split(",")[0]
             for line in lines:
                 method, cells = line[:38].strip(), line[38:].split()
-                piece = method.startswith("S2PG, ") and "alone" not in method
+                piece = method.startswith("S2PG, ") and "alone" not in method  # in older files
                 if len(cells) == 3 and not piece:
                     method = re.sub("^(S2PG|BPTT)", rf"\1-{algorithm}", method)
                     method = method.replace("memoryless", f"memoryless {algorithm}")

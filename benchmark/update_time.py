@@ -6,11 +6,11 @@
 
 SAC and TD3: milliseconds per gradient step of everything (sampling, critic, actor, temperatures,
 targets, refresh), for S2PG, the same without an internal state, and BPTT, all with the same number
-of transitions in a batch. The floor is the time of the matrix products of one S2PG step alone,
-forward and backward, replayed on the same operands. SAC Flow: the same for its velocities. PPO:
-milliseconds per epoch over a rollout, a tenth of an update of ten. Runs of SAC and PPO:
-milliseconds of an environment step of a whole run, the simulator included, and of one without
-updates, for 1, 4 and 16 environments.
+of transitions in a batch; and of the matrix products of an S2PG step alone, forward and backward,
+replayed on the same operands. SAC Flow: the same for its velocities. PPO: milliseconds per epoch
+over a rollout, a tenth of an update of ten. Runs of SAC and PPO: milliseconds of an environment
+step of a whole run, the simulator included, and of one without updates, for 1, 4 and 16
+environments.
 
 What is timed is what `train` of a script does: the update is caught in a run, with its arguments,
 and repeated. The methods take turns, round after round, so that a busy machine slows all of them
@@ -113,20 +113,17 @@ class Caught(Exception):
 
 
 class RecordMatmuls(TorchDispatchMode):
-    """Collects the matrix products that run under it, as (function, operands), and their FLOP."""
+    """Collects the matrix products that run under it, as (function, operands)."""
 
     names = ("mm", "addmm", "bmm", "baddbmm")
 
     def __init__(self):
         super().__init__()
-        self.calls, self.work = [], 0
+        self.calls = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket.__name__ in self.names:
-            operands = [a.clone() if torch.is_tensor(a) else a for a in args]
-            self.calls.append((function, operands))
-            left, right = [a for a in operands if torch.is_tensor(a)][-2:]
-            self.work += 2 * left.numel() * right.shape[-1]
+            self.calls.append((function, [a.clone() if torch.is_tensor(a) else a for a in args]))
         return function(*args, **(kwargs or {}))
 
 
@@ -181,7 +178,7 @@ def run(modules, name, update, **options):
 
 
 def catch(modules, name, **options):
-    """The agent, its buffer or rollout, and the first update of a run, to be repeated."""
+    """The agent and the first update of a run, to be repeated."""
 
     def stop(agent, own_update, *args):
         raise Caught(agent, own_update, *args)
@@ -196,7 +193,7 @@ def catch(modules, name, **options):
         vars(args[0]).update(kept)  # an update of PPO takes the rows for used
         own_update(*args)
 
-    return agent, args[0], step
+    return agent, step
 
 
 def run_time(modules, name, first, steps, updates=True, **options):
@@ -210,28 +207,8 @@ def run_time(modules, name, first, steps, updates=True, **options):
     return 1e3 * (end - begin) / (end_step - begin_step)
 
 
-def pieces(agent, buffer, descend):
-    """The parts of one S2PG-SAC update, each to be timed on its own."""
-    batch, alpha = buffer.sample(agent.args.batch_size), agent.log_alpha.detach().exp()
-    networks = agent.actor, agent.critic
-
-    def critic():
-        loss, _ = agent.critic_loss(*networks, agent.target_critic, batch, alpha, agent.args)
-        descend(agent.critic_optimizer, loss)
-
-    def actor():
-        descend(agent.actor_optimizer, agent.actor_loss(*networks, batch, alpha, alpha)[0])
-
-    return {
-        "S2PG, sampling": lambda: buffer.sample(agent.args.batch_size),
-        "S2PG, critic": critic,
-        "S2PG, actor": actor,
-        "S2PG, refresh": lambda: buffer.refresh(batch, batch.next_z.detach()),
-    }
-
-
 def matrix_products(step):
-    """The matrix products of two updates, each to be replayed in turn, and GFLOP of one."""
+    """A function that replays the matrix products of two updates in turn."""
     # TD3's updates differ: each second one moves the actor, too
     recorded = [RecordMatmuls(), RecordMatmuls()]
     for record in recorded:
@@ -243,7 +220,7 @@ def matrix_products(step):
         for function, operands in next(turns).calls:
             function(*operands)
 
-    return replay, sum(record.work for record in recorded) / 2e9
+    return replay
 
 
 def timed(step, repeats, device):
@@ -290,26 +267,14 @@ def update_table(algorithm, methods, options, args):
         title = "PPO, ms per epoch over 2048 rows"
         sizes = dict(num_envs=1, num_steps=2048, update_epochs=epochs)
     options = options | sizes
-    steps = {name: catch(**method, **options)[2] for name, method in methods.items()}
-    floor = algorithm != "ppo" and "S2PG" in methods
-    if floor:
-        # of what is compiled or captured the products cannot be seen
-        eager = options | dict(compile=False, cudagraphs=False)
-        agent, buffer, step = catch(**methods["S2PG"], **eager)
-        replay, work = matrix_products(step)
-        if not args.cudagraphs:  # of a graph there are no parts
-            steps["S2PG, matrix products alone"] = replay
-            if algorithm == "sac":
-                steps |= pieces(agent, buffer, methods["S2PG"]["modules"]["s2pg_sac"].descend)
+    steps = {name: catch(**method, **options)[1] for name, method in methods.items()}
+    if algorithm != "ppo" and "S2PG" in methods and not args.cudagraphs:
+        # of what is compiled the products cannot be seen
+        _, step = catch(**methods["S2PG"], **options | dict(compile=False))
+        steps["S2PG, matrix products alone"] = matrix_products(step)
     measures = {name: timed(step, repeats, args.device) for name, step in steps.items()}
     times = {name: own / epochs for name, own in take_turns(measures, rounds).items()}
     print_table(title, times)
-    if floor:
-        print(f"an update of S2PG has {work:.2f} GFLOP of matrix products")
-        print(f"replay buffer of 1e6 rows: {buffer.rows[0].nbytes * 1e6 / 1e9:.2f} GB")
-        if not args.cudagraphs:
-            ratio = np.median(times["S2PG"] / times["S2PG, matrix products alone"])
-            print(f"S2PG takes {ratio:.2f} x its floor")
 
 
 def runs_table(algorithm, methods, num_envs, options, args):

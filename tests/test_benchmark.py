@@ -393,7 +393,7 @@ def test_what_is_timed_is_the_update_of_a_run(name, monkeypatch):
         options |= dict(learning_starts=40, batch_size=8)
     modules = {name: sys.modules[name]}
     train, kept = modules[name].train, dict(vars(modules[name]))
-    agent, _, step = update_time.catch(modules, name, **options)
+    agent, step = update_time.catch(modules, name, **options)
     for _ in range(2):  # again
         before = [p.clone() for p in agent.critic.parameters()]
         step()
@@ -410,7 +410,7 @@ def test_what_update_time_prints_becomes_the_tables_of_speed(monkeypatch, capsys
 
     def catch(modules, **options):
         checkouts.append(modules)
-        return None, None, lambda: None
+        return None, lambda: None
 
     monkeypatch.setattr(update_time, "catch", catch)
     monkeypatch.setattr(update_time, "run_time", lambda updates=True, **options: 1 + updates)

@@ -1,4 +1,7 @@
-"""flow_sac.py: density and gradient of a path, the three velocities, CrossQ."""
+"""flow_sac.py: density of a path, the three velocities, CrossQ.
+
+The gradient through a path: tests/test_through_time.py.
+"""
 
 import math
 from types import SimpleNamespace
@@ -84,33 +87,6 @@ def test_the_density_falls_with_the_log_std_of_each_step(velocity):
     _, log_prob = actor.path(obs, g, log_std, torch.zeros(actor.steps + 1, BATCH, ACTION))
     (gradient,) = torch.autograd.grad(log_prob.sum(), log_std)  # x_K does not move: no noise
     torch.testing.assert_close(gradient, torch.full_like(gradient, -actor.steps))
-
-
-class Known(nn.Module):
-    """A velocity v(x, t) in closed form."""
-
-    def __init__(self, velocity):
-        super().__init__()
-        self.velocity = velocity
-
-    def context(self, obs):
-        return None
-
-    def forward(self, context, x, t):
-        return self.velocity(x, t)
-
-
-@pytest.mark.parametrize("K", [1, 4, 100])
-@pytest.mark.parametrize("gate", [0, 0.1, 1, None])
-def test_the_gradient_through_a_path_is_the_product_of_its_steps(gate, K):
-    """v = c x gives (1 + c / K)^K, and a gate z gives (1 + z (c - 1) / K)^K, both below e^c."""
-    actor = make_actor(flow_steps=K)
-    actor.velocity = Known(lambda x, t: 4 * x if gate is None else gate * (4 * x - x))
-    noise = torch.randn(K + 1, BATCH, ACTION).requires_grad_()
-    path, _ = actor.path(*seen()[:2], torch.zeros(BATCH, ACTION), noise)
-    (gradient,) = torch.autograd.grad(path[-1].sum(), noise)
-    gain = (1 + (4 if gate is None else gate * 3) / K) ** K
-    torch.testing.assert_close(gradient[0], torch.full_like(gradient[0], gain))
 
 
 def test_a_new_gate_is_open_and_leaks():

@@ -21,6 +21,7 @@ class Claim(NamedTuple):
 
 MEDIUM = "--matmul-precision medium"  # on a CPU faster for SAC, slower for PPO
 PENDULUM = f"--env-id InvertedPendulum-v4 --eval-episodes 10 {MEDIUM}"
+BALANCE = f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500"
 PUBLISHED = "--critic-lr 1e-3 --target-entropy-z -1"  # of S2PG-SAC, not those that were tuned
 LESS_NOISE = "s2pg_sac.py --chrono 32 --log-std-z-max -3 --target-entropy-z -3"
 HOPPER = f"--env-id Hopper-v4 --eval-episodes 10 {MEDIUM}"
@@ -36,6 +37,23 @@ POINT_MASS = (
 )
 LONGER = "--checkpoint-frequency 20000 --eval-frequency 20000 --eval-episodes 10 --total-timesteps"
 FLOW = "--total-timesteps 100000 --eval-frequency 5000 --eval-episodes 10 --env-id"
+ROBOTS = [
+    "--env-id InvertedDoublePendulum-v4 --total-timesteps 25000 --eval-frequency 2500 "
+    f"--eval-episodes 10 {MEDIUM}",
+    "--env-id Hopper-v4 --total-timesteps 100000 --eval-frequency 5000 --eval-episodes 10",
+    "--env-id HalfCheetah-v4 --total-timesteps 40000 --eval-frequency 5000 --eval-episodes 10",
+]
+THREE_METHODS = {
+    "S2PG-SAC": "s2pg_sac.py",
+    "BPTT-SAC, L = 32, all rows": "bptt_sac.py",
+    "memoryless SAC": "s2pg_sac.py --memoryless",
+}
+PPO_METHODS = {
+    "S2PG-PPO": "s2pg_ppo.py",
+    "BPTT-PPO, L = 1": "bptt_ppo.py --sequence-length 1",
+    "BPTT-PPO, L = 32": "bptt_ppo.py",
+    "memoryless PPO": "s2pg_ppo.py --memoryless",
+}
 SAC_METHODS = {
     "S2PG-SAC": "s2pg_sac.py",
     "BPTT-SAC, L = 5, last row": "bptt_sac.py --sequence-length 5 --loss-on last",
@@ -72,18 +90,8 @@ CLAIMS = {
     "sac_and_bptt": Claim(
         "Hidden velocities: is S2PG-SAC faster than BPTT, by steps and by the clock?",
         SAC_METHODS,
-        [
-            "--env-id InvertedDoublePendulum-v4 --total-timesteps 25000 --eval-frequency 2500 "
-            f"--eval-episodes 10 {MEDIUM}",
-            "--env-id Hopper-v4 --total-timesteps 100000 --eval-frequency 5000 --eval-episodes 10",
-            "--env-id HalfCheetah-v4 --total-timesteps 40000 --eval-frequency 5000 "
-            "--eval-episodes 10",
-        ],
-        threshold={
-            "Hopper-v4": 1500,
-            "HalfCheetah-v4": 1000,
-            "InvertedDoublePendulum-v4": 5000,
-        },
+        ROBOTS,
+        threshold={"Hopper-v4": 1500, "HalfCheetah-v4": 1000, "InvertedDoublePendulum-v4": 5000},
     ),
     "random_bodies": Claim(
         "The same, where the velocities are seen and the bodies change.",
@@ -103,12 +111,7 @@ CLAIMS = {
     ),
     "ppo_and_bptt": Claim(
         "PPO with hidden velocities: what does training without sequences gain?",
-        {
-            "S2PG-PPO": "s2pg_ppo.py",
-            "BPTT-PPO, L = 1": "bptt_ppo.py --sequence-length 1",
-            "BPTT-PPO, L = 32": "bptt_ppo.py",
-            "memoryless PPO": "s2pg_ppo.py --memoryless",
-        },
+        PPO_METHODS,
         [
             "--env-id HalfCheetah-v4 --num-envs 4 --num-steps 512 --total-timesteps 500000 "
             "--eval-frequency 25000 --eval-episodes 10"
@@ -203,9 +206,7 @@ CLAIMS = {
         },
         [
             "--env-id InvertedPendulum-v4 --total-timesteps 30000 --eval-frequency 2500",
-            "--env-id InvertedDoublePendulum-v4 --total-timesteps 25000 --eval-frequency 2500 "
-            f"--eval-episodes 10 {MEDIUM}",
-            "--env-id Hopper-v4 --total-timesteps 100000 --eval-frequency 5000 --eval-episodes 10",
+            *ROBOTS[:2],
         ],
         seeds=3,
         clock=False,
@@ -222,12 +223,8 @@ CLAIMS = {
             "memoryless SAC": "s2pg_sac.py --memoryless",
         },
         [
-            f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500",
-            "--env-id InvertedDoublePendulum-v4 --total-timesteps 25000 --eval-frequency 2500 "
-            f"--eval-episodes 10 {MEDIUM}",
-            "--env-id Hopper-v4 --total-timesteps 100000 --eval-frequency 5000 --eval-episodes 10",
-            "--env-id HalfCheetah-v4 --total-timesteps 40000 --eval-frequency 5000 "
-            "--eval-episodes 10",
+            BALANCE,
+            *ROBOTS,
             f"{CUE} CueRecall-100-v0 --total-timesteps 20000 --eval-frequency 1000",
             f"{CUE} CueRecall-delayed-10-v0 --total-timesteps 10000 --eval-frequency 1000",
             f"{CUE} CueRecall-delayed-v0 --total-timesteps 15000 --eval-frequency 1000",
@@ -238,26 +235,14 @@ CLAIMS = {
     "sobolev": Claim(
         "Does the slope of Q in the memory help where velocities are hidden?",
         {"S2PG-SAC": "s2pg_sac.py", "S2PG-SAC, Sobolev": "s2pg_sac.py --sobolev 1"},
-        [
-            f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500",
-            "--env-id Hopper-v4 --total-timesteps 100000 --eval-frequency 5000 --eval-episodes 10",
-            "--env-id HalfCheetah-v4 --total-timesteps 40000 --eval-frequency 5000 "
-            "--eval-episodes 10",
-        ],
+        [BALANCE, *ROBOTS[1:]],
         seeds=3,
         clock=False,
     ),
     "hidden_velocities": Claim(
         "Can a memory make up for velocities that are not seen?",
-        {
-            "S2PG-SAC": "s2pg_sac.py",
-            "BPTT-SAC, L = 32, all rows": "bptt_sac.py",
-            "memoryless SAC": "s2pg_sac.py --memoryless",
-        },
-        [
-            f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500",
-            f"{HOPPER} --total-timesteps 50000 --eval-frequency 5000",
-        ],
+        THREE_METHODS,
+        [BALANCE, f"{HOPPER} --total-timesteps 50000 --eval-frequency 5000"],
         seeds=3,
         clock=False,
     ),
@@ -270,25 +255,20 @@ CLAIMS = {
             "BPTT-SAC, no privileged critic": "bptt_sac.py --no-privileged-critic",
             "memoryless SAC": "s2pg_sac.py --memoryless",
         },
-        [f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500"],
+        [BALANCE],
         seeds=3,
         clock=False,
     ),
     "td3": Claim(
         "The same with TD3.",
         {"S2PG-TD3": "s2pg_td3.py", "memoryless TD3": "s2pg_td3.py --memoryless"},
-        [f"{PENDULUM} --total-timesteps 15000 --eval-frequency 2500"],
+        [BALANCE],
         seeds=3,
         clock=False,
     ),
     "ppo": Claim(
         "The same with PPO.",
-        {
-            "S2PG-PPO": "s2pg_ppo.py",
-            "BPTT-PPO, L = 1": "bptt_ppo.py --sequence-length 1",
-            "BPTT-PPO, L = 32": "bptt_ppo.py",
-            "memoryless PPO": "s2pg_ppo.py --memoryless",
-        },
+        PPO_METHODS,
         [PENDULUM_PPO],
         seeds=3,
         clock=False,
@@ -352,11 +332,7 @@ CLAIMS = {
     ),
     "long": Claim(
         "300 000 steps: does S2PG-SAC stay level on HalfCheetah, and come up on Hopper?",
-        {
-            "S2PG-SAC": "s2pg_sac.py",
-            "BPTT-SAC, L = 32, all rows": "bptt_sac.py",
-            "memoryless SAC": "s2pg_sac.py --memoryless",
-        },
+        THREE_METHODS,
         [f"{LONGER} 300000 --env-id HalfCheetah-v4", f"{LONGER} 300000 --env-id Hopper-v4"],
         seeds=3,
     ),

@@ -1,5 +1,6 @@
 """benchmark/flow_offline.py: a fixed noise with its drift, flow matching, both phases of a run."""
 
+import functools
 import itertools
 import json
 import signal
@@ -9,11 +10,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import gymnasium as gym
 import pytest
+import test_flow_sac
 import torch
 from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_flow_sac import ACTION, BATCH, CPU, ENV, OBS, VELOCITIES, filled
 from torch import nn
 from torch.distributions import Normal
 
@@ -22,8 +24,7 @@ import flow_sac
 from benchmark import flow_offline
 
 ROOT = Path(__file__).resolve().parent.parent
-OBS, ACTION, BATCH, CPU = 3, 2, 5, torch.device("cpu")
-VELOCITIES = ["mlp", "flow_g", "flow_t", "none"]
+seen = functools.partial(test_flow_sac.seen, state=0)
 pytestmark = pytest.mark.usefixtures("double_precision")
 
 
@@ -32,25 +33,11 @@ def make_actor(kind=flow_offline.FixedNoiseActor, **options):
 
 
 def make_agent(monkeypatch, **options):
-    """With a buffer of random rows: episodes of 19 steps."""
+    """With a buffer of random rows."""
     if options.get("noise") == "fixed":
         monkeypatch.setattr(flow_sac, "FlowActor", flow_offline.FixedNoiseActor)
-    env = SimpleNamespace(
-        single_observation_space=gym.spaces.Box(-9, 9, (OBS,)),
-        single_action_space=gym.spaces.Box(-1, 1, (ACTION,)),
-    )
-    agent = flow_offline.DataAgent(flow_offline.Args(batch_size=64, **options), env, CPU)
-    buffer = flow_sac.TransitionBuffer(1000, 1, *agent.row_sizes, CPU)
-    first = (torch.arange(200) % 20 == 0).double().unsqueeze(-1)
-    action, reward = 1.8 * torch.rand(200, ACTION) - 0.9, torch.randn(200, 1)
-    columns = [torch.randn(200, OBS), action, reward, torch.zeros(200, 1), first]
-    buffer.rows[:200] = torch.cat(columns, -1)
-    buffer.steps += 200
-    return agent, buffer
-
-
-def seen(batch=BATCH):
-    return torch.randn(batch, OBS), torch.zeros(batch, 0), torch.rand(batch, ACTION)
+    agent = flow_offline.DataAgent(flow_offline.Args(batch_size=64, **options), ENV, CPU)
+    return agent, filled(agent)
 
 
 # --- the fixed noise ------------------------------------------------------------------------------
@@ -216,13 +203,9 @@ def test_a_run_stopped_offline_goes_on_offline_and_then_online(tmp_path):
     assert steps["offline_losses/flow_matching_loss"][-1] == 0 and steps["losses/qf_loss"] == [100]
     assert steps["eval/return_stochastic"] == [0, 120]
     assert json.loads((run / "offline.json").read_text())["beta"] == 0.1
+    assert json.loads((run / "args.json").read_text())["learning_starts"] > 0  # as was asked for
     done = subprocess.run([sys.executable, ROOT / "evaluate.py", run, "--episodes", "1"], **options)
     assert done.returncode == 0 and "stochastic: return" in done.stdout, done.stdout
-
-
-def test_training_draws_no_random_actions_and_options_stay():
-    args = flow_offline.OnlineArgs(learning_starts=5000)
-    assert args.learning_starts == 0 and vars(args) == dict(learning_starts=5000)
 
 
 @pytest.mark.parametrize(

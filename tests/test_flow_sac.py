@@ -17,6 +17,10 @@ import flow_sac
 OBS, ACTION, STATE, BATCH = 3, 2, 4, 5
 CPU = torch.device("cpu")
 VELOCITIES = ["mlp", "flow_g", "flow_t", "none"]
+ENV = SimpleNamespace(
+    single_observation_space=gym.spaces.Box(-9, 9, (OBS,)),
+    single_action_space=gym.spaces.Box(-1, 1, (ACTION,)),
+)
 pytestmark = pytest.mark.usefixtures("double_precision")
 
 
@@ -27,11 +31,7 @@ def make_actor(velocity="flow_g", **options):
 
 
 def make_agent(**options):
-    env = SimpleNamespace(
-        single_observation_space=gym.spaces.Box(-9, 9, (OBS,)),
-        single_action_space=gym.spaces.Box(-1, 1, (ACTION,)),
-    )
-    return flow_sac.Agent(flow_sac.Args(**dict(batch_size=64) | options), env, CPU)
+    return flow_sac.Agent(flow_sac.Args(**dict(batch_size=64) | options), ENV, CPU)
 
 
 def seen(batch=BATCH, state=STATE):

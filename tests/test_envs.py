@@ -13,7 +13,8 @@ from gymnasium.envs.mujoco.hopper_v4 import HopperEnv
 from gymnasium.utils.env_checker import check_env
 
 import envs
-from envs.mujoco import WIND_FORCE
+from envs.mujoco import WIND_FORCE, RandomBodies, Wind
+from envs.wrappers import Split, layer
 
 pytestmark = [
     # What Gymnasium's checker says of every wrapped environment and of every MuJoCo environment.
@@ -39,17 +40,6 @@ FORCES = {"use_contact_forces": True}  # of Ant-v4, which shows none unless told
 def sizes(env):
     space = env.observation_space
     return space["policy"].shape[0], space["critic"].shape[0]
-
-
-def unwrap(env, wrapper):
-    """The wrapper of this name inside `env`."""
-    while type(env).__name__ != wrapper:
-        env = env.env
-    return env
-
-
-def at_rest(env):
-    return np.zeros(env.action_space.shape, np.float32)
 
 
 # --- the interface --------------------------------------------------------------------------------
@@ -166,7 +156,7 @@ def arrays(model):
 
 def reset_with(env, deltas, seed=None):
     """Reset such that each body draws the given delta, () or (bodies,)."""
-    bodies = unwrap(env, "RandomBodies")
+    bodies = layer(env, RandomBodies)
 
     class Draw:
         def integers(self, high, size):
@@ -221,7 +211,7 @@ def test_bodies_are_what_the_compiler_makes_of_them(env_id):
         assert not np.array_equal(env.unwrapped.model.body_mass, fresh["body_mass"])
     for delta in (0.3, -0.3):
         reset_with(env, delta)
-        scaled = arrays(unwrap(env, "RandomBodies").scaled_model(delta))
+        scaled = arrays(layer(env, RandomBodies).scaled_model(delta))
         bounds = {name: scaled[name] for name in ("bvh_aabb", "bvh_child", "bvh_nodeid")}
         assert_same(env.unwrapped.model, bounds, rtol=0)
     assert_restored(env, fresh)
@@ -296,7 +286,7 @@ def test_deltas_reach_the_critic_and_not_the_policy():
 @each("env_id", MUJOCO_IDS)
 def test_bodies_that_move_alike_and_touch_nothing_look_alike_to_the_policy(env_id):
     env = envs.make(env_id, random_bodies=True)
-    robot, visible, seen = env.unwrapped, unwrap(env, "Split").visible, []
+    robot, visible, seen = env.unwrapped, layer(env, Split).visible, []
     robot.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_CONTACT
     velocity = np.random.default_rng(0).standard_normal(robot.model.nv)
     for delta in (0.3, 0.0, -0.3):
@@ -367,8 +357,8 @@ def test_wind_does_not_reach_the_policy(env_id):
         # Whatever the direction, the policy's first observation is that of a calm day.
         observation, expected = env.reset(seed=seed)[0], calm.reset(seed=seed)[0]["policy"]
         np.testing.assert_array_equal(observation["policy"], expected[:policy])
-        observation, *_ = env.step(at_rest(env))
-        force = unwrap(env, "Wind").sign * WIND_FORCE[env_id[:-3]]
+        observation, *_ = env.step(np.zeros(env.action_space.shape, np.float32))
+        force = layer(env, Wind).sign * WIND_FORCE[env_id[:-3]]
         assert force in observation["critic"] or not forces or env_id == "Humanoid-v5"
         assert force not in observation["policy"]
 

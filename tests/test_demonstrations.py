@@ -112,7 +112,9 @@ def test_demonstrations_are_rows_as_environments_hand_them_out(num_envs):
 # Written ------------------------------------------------------------------------------------------
 
 
-class Noise(torch.nn.Linear):
+class Chance(torch.nn.Linear):
+    """An expert that acts by chance."""
+
     z_dim, action_dim = 1, 1
 
     def act(self, obs, z, a_prev, deterministic):
@@ -128,7 +130,7 @@ class Noise(torch.nn.Linear):
 )
 def test_what_is_written_is_read_again(env_id, options, largest, path):
     env = envs.make_vec(env_id, 2, **options)
-    played = envs.evaluate(Noise(1, 1), env, 3, False, 0)
+    played = envs.evaluate(Chance(1, 1), env, 3, False, 0)
     options = dict(seed=5, env_kwargs={}) | options
     save(path, played, env, options)
     found = load(path, env)
@@ -151,13 +153,13 @@ def test_what_is_written_is_read_again(env_id, options, largest, path):
 def test_an_environment_may_have_an_attribute_visible(path, monkeypatch):
     monkeypatch.setattr("envs.memory.CueRecall.visible", True, raising=False)
     env = envs.make_vec("CueRecall-5-v0")
-    save(path, envs.evaluate(Noise(1, 1), env, 1, False, 0), env, {})
+    save(path, envs.evaluate(Chance(1, 1), env, 1, False, 0), env, {})
     assert len(load(path, env)) == 1
 
 
 def test_a_file_is_written_whole_or_not_at_all(path, tmp_path, monkeypatch):
     env = envs.make_vec("CueRecall-5-v0")
-    played = envs.evaluate(Noise(1, 1), env, 1, False, 0)
+    played = envs.evaluate(Chance(1, 1), env, 1, False, 0)
     save(path, played, env, {})
     before = (tmp_path / "expert.npz").read_bytes()
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_demonstrations import Chance
 from torch.utils._pytree import tree_leaves
 
 import envs
@@ -38,15 +39,6 @@ BOTH = pytest.mark.parametrize("script", ["s2pg_sac", "s2pg_ppo"])  # two texts 
 TASK = dict(env_id="CueRecall-v0", env_kwargs=dict(horizon=5), eval_episodes=2, total_timesteps=60)
 QUICK = {name: dict(learning_starts=20, batch_size=16, buffer_size=1000) for name in OFF_POLICY}
 QUICK |= {name: dict(num_steps=18, num_minibatches=3, update_epochs=2) for name in ON_POLICY}
-
-
-class Chance(torch.nn.Linear):
-    """An expert that acts by chance."""
-
-    z_dim, action_dim = 0, 1
-
-    def act(self, obs, z, a_prev, deterministic):
-        return 2 * torch.rand_like(a_prev) - 1, z
 
 
 @pytest.fixture(scope="session")

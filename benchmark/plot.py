@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmark import variance
 from benchmark.claims import CLAIMS, OVERVIEW, Claim
+from benchmark.sweep import check_names
 
 
 @dataclasses.dataclass
@@ -472,9 +473,7 @@ def main(args: Args):
         draw(data, claim, path.with_suffix(".png"))
         print(table(data, claim))
         return
-    unknown = set(args.claims) - set(CLAIMS)
-    if unknown:
-        sys.exit(f"plot.py: no claim {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
+    check_names("claim", args.claims, CLAIMS)
     for name in args.pages:
         if not (ROOT / name).exists():
             sys.exit(f"plot.py: there is no page {name}")

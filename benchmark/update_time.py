@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmark.sweep import cpu_name
+from benchmark.sweep import check_names, cpu_name
 
 METHODS = {  # {algorithm: {method: options, and the script}}
     "sac": {
@@ -100,8 +100,7 @@ class Args:
             sys.exit("--compile and --cudagraphs are for --device cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
             sys.exit("there is no CUDA card")
-        for name in set(self.methods) - set().union(*METHODS.values()):
-            sys.exit(f"no method {name!r}; there are {', '.join(set().union(*METHODS.values()))}")
+        check_names("method", self.methods, set().union(*METHODS.values()))
         if self.baseline and not Path(self.baseline, "s2pg_sac.py").exists():
             sys.exit(f"{self.baseline} is no checkout: it holds no s2pg_sac.py")
         if min(self.rounds, self.updates, self.batch_size) < 1:

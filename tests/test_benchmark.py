@@ -271,7 +271,7 @@ def test_runs_from_before_a_change_of_the_defaults_are_not_taken_for_done(monkey
         (through_time, ["--samples", 1], "--samples at least 2"),
         (plot, ["--csv", "nothing.csv"], "nothing.csv"),
         (plot, ["--csv", str(ROOT / "requirements.txt")], "is no CSV of collect.py"),
-        (plot, ["smok"], "no claim smok"),
+        (plot, ["smok"], "no claim 'smok'; there are 'smoke'"),
         (plot, ["td3", "--pages", "nowhere.md"], "no page nowhere.md"),
     ],
 )

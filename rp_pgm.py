@@ -41,7 +41,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "InvertedPendulum-v4"  # Gymnasium id or module:Id-v0; sets defaults
-    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of its constructor: wind True
+    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the environment: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
@@ -77,12 +77,12 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     resume: str | None = None  # folder of a run to go on with, and with its options
     save_buffer: bool = False  # save the buffer, too; a resumed run refills it otherwise
-    checkpoint_frequency: int = 10_000  # steps between checkpoints
+    checkpoint_frequency: int = 10_000  # steps between checkpoints; an evaluation writes one, too
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
     eval_episodes: int = 5  # stochastic ones, and as many noise-free; 0 for none
     track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
     cuda: bool = True  # use a CUDA card where there is one
-    num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
+    num_threads: int = 1  # CPU threads of torch; for small networks one is enough
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
     compile: bool = False  # on CUDA: torch.compile the losses
     cudagraphs: bool = False  # on CUDA: replay acting and updates as graphs
@@ -97,7 +97,7 @@ class Args:
             actor_lr=(0, inf), critic_lr=(0, inf), alpha=(1e-9, inf), alpha_lr=(0, inf),
             entropy_power=(1e-3, inf), horizon=(0, inf), sn_coef=(1e-9, inf), model_lr=(0, inf),
             model_updates=(0, inf), model_length=(1, inf), depth=(0, inf), width=(1, inf),
-            entropy_start=(-9, 1), entropy_end=(-9, 1),
+            entropy_start=(-9, 1), entropy_end=(-9, 1), num_threads=(1, inf),
             grad_var_every=(0, inf), lipschitz_every=(0, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(0, inf),
         ).items():  # fmt: skip
@@ -277,8 +277,8 @@ class SegmentBuffer:
     An episode of T transitions fills T + 1 rows; the last holds the final observation, its action
     is ignored. A row whose successor is the `first` of an episode is no transition.
 
-    Row t of environment n lies at t * num_envs + n, modulo the length of the ring. The number
-    `steps` of rows written lies on the device, so that a graph can replay writing and sampling.
+    Row t of environment n lies at t * num_envs + n, modulo the length of the ring. `steps`, the
+    rows written for each environment, lies on the device, so that a graph can replay `sample`.
     """
 
     def __init__(self, size, num_envs, obs_dim, action_dim, device):
@@ -287,7 +287,7 @@ class SegmentBuffer:
         shape = self.slots * num_envs, sum(self.widths)
         try:
             self.rows = torch.zeros(shape, device=device)
-        except RuntimeError:  # of the allocator
+        except RuntimeError:  # out of memory
             sys.exit(f"the buffer needs {4e-9 * math.prod(shape):.1f} GB: lower --buffer-size")
         self.steps = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -532,7 +532,7 @@ def to_device(array, device):
 
 
 def make_env(args, num_envs):
-    """Your own may be any vector environment with actions in [-1, 1] and next-step autoreset."""
+    """Replace it by yours: any vector environment, actions in [-1, 1], autoreset next step."""
     import envs
 
     options = dict(hide=args.hide, privileged_critic=args.privileged_critic)
@@ -540,7 +540,7 @@ def make_env(args, num_envs):
 
 
 def views(obs):
-    """What the policy and what the critic sees; where it is no dict, both see all of it."""
+    """What the policy sees and what the critic sees: both all of `obs`, unless it is a dict."""
     return (obs["policy"], obs["critic"]) if isinstance(obs, dict) else (obs, obs)
 
 
@@ -555,7 +555,7 @@ def save_checkpoint(run_dir, agent, buffer, **state):
     try:
         torch.save(state, run_dir / "checkpoint.pt.tmp")
         (run_dir / "checkpoint.pt.tmp").replace(run_dir / "checkpoint.pt")
-    finally:  # of a full disk
+    finally:  # e.g. the disk is full
         (run_dir / "checkpoint.pt.tmp").unlink(missing_ok=True)
 
 
@@ -662,7 +662,7 @@ def train(args):
                 for name, value in measure(buffer).items():
                     writer.add_scalar(name, value, global_step)
                 start_time = time.time() - seconds
-        frequencies = args.checkpoint_frequency, args.eval_frequency
+        frequencies = args.checkpoint_frequency, evaluates and args.eval_frequency
         save, score = (n and (finished or global_step // n > last_step // n) for n in frequencies)
         if save or score or leaving:
             save_checkpoint(run_dir, agent, buffer, global_step=global_step, seconds=seconds)
@@ -680,7 +680,7 @@ def train(args):
 
 
 def parse_args():
-    """The command line, over the options of the run to resume or what the task wants."""
+    """The command line over its defaults: those of its --env-id, or the options of its --resume."""
     unchecked = type("Args", (Args,), dict(__post_init__=lambda self: None))
     asked = tyro.cli(unchecked, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
     options = TUNED.get(asked.env_id.split("-")[0], {})

@@ -40,7 +40,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "InvertedPendulum-v4"  # Gymnasium id or module:Id-v0; sets defaults
-    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of its constructor: wind True
+    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the environment: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
     privileged_critic: bool = True  # critic and discriminator see the whole state
     num_envs: int = 1  # environments stepped together
@@ -79,12 +79,12 @@ class Args:
     seed: int = 1  # of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     resume: str | None = None  # folder of a run to go on with, and with its options
-    checkpoint_frequency: int = 10_000  # steps between checkpoints
+    checkpoint_frequency: int = 10_000  # steps between checkpoints; an evaluation writes one, too
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
     eval_episodes: int = 5  # stochastic ones, and as many noise-free; 0 for none
     track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
     cuda: bool = True  # use a CUDA card where there is one
-    num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
+    num_threads: int = 1  # CPU threads of torch; for small networks one is enough
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
     compile: bool = False  # on CUDA: torch.compile the loss
     cudagraphs: bool = False  # on CUDA: replay acting and gradient steps as graphs
@@ -98,7 +98,7 @@ class Args:
             clip_coef=(1e-9, inf), ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf),
             target_kl=(0, inf), state_dim=(1, inf), std=(1e-9, inf), std_z=(1e-9, inf),
             bc_steps=(0, inf), discriminator_lr=(0, inf), discriminator_steps=(1, inf),
-            discriminator_entropy=(0, inf),
+            discriminator_entropy=(0, inf), num_threads=(1, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(0, inf),
         ).items():  # fmt: skip
             if not low <= getattr(self, name) <= high:
@@ -528,7 +528,7 @@ def to_device(array, device):
 
 
 def make_env(args, num_envs):
-    """Your own may be any vector environment with actions in [-1, 1] and next-step autoreset."""
+    """Replace it by yours: any vector environment, actions in [-1, 1], autoreset next step."""
     import envs
 
     options = dict(hide=args.hide, privileged_critic=args.privileged_critic)
@@ -536,7 +536,7 @@ def make_env(args, num_envs):
 
 
 def views(obs):
-    """What the policy and what the critic sees; where it is no dict, both see all of it."""
+    """What the policy sees and what the critic sees: both all of `obs`, unless it is a dict."""
     return (obs["policy"], obs["critic"]) if isinstance(obs, dict) else (obs, obs)
 
 
@@ -548,7 +548,7 @@ def save_run(run_dir, agent, **state):
     try:
         torch.save(state, run_dir / "checkpoint.pt.tmp")
         (run_dir / "checkpoint.pt.tmp").replace(run_dir / "checkpoint.pt")
-    finally:  # of a full disk
+    finally:  # e.g. the disk is full
         (run_dir / "checkpoint.pt.tmp").unlink(missing_ok=True)
 
 
@@ -663,7 +663,7 @@ def train(args):
                 writer.add_scalar(name, value, global_step)
             writer.add_scalar("charts/SPS", global_step / (time.time() - start_time), global_step)
         seconds = time.time() - start_time  # of training, without evaluations
-        frequencies = args.checkpoint_frequency, args.eval_frequency
+        frequencies = args.checkpoint_frequency, evaluates and args.eval_frequency
         save, score = (n and (finished or global_step // n > last_step // n) for n in frequencies)
         if save or score or leaving:
             done = global_step if finished else update_step
@@ -682,7 +682,7 @@ def train(args):
 
 
 def parse_args():
-    """The command line, over the options of the run to resume or what the task wants."""
+    """The command line over its defaults: those of its --env-id, or the options of its --resume."""
     unchecked = type("Args", (Args,), dict(__post_init__=lambda self: None))
     asked = tyro.cli(unchecked, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
     options = TUNED.get(asked.env_id.split("-")[0], {})

@@ -40,7 +40,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "InvertedPendulum-v4"  # Gymnasium id or module:Id-v0; sets defaults
-    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of its constructor: wind True
+    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the environment: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
     privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, z)
     num_envs: int = 1  # environments stepped together
@@ -62,7 +62,7 @@ class Args:
     actor_lr: float = 1e-4  # learning rate of the actor
     critic_lr: float = 1e-3  # learning rate of the critic
     alpha: float = 1.0  # initial temperature of the action
-    alpha_lr: float = 3e-4  # of log alpha, whose target entropy is -|A|
+    alpha_lr: float = 3e-4  # learning rate of log alpha; the target entropy is -A
     alpha_z: float = 0.01  # initial temperature of the internal state
     alpha_z_lr: float = 3e-4  # learning rate of log alpha_z
     target_entropy_z: float = -1.0  # nats per component of z: -1 is a std of .09, -3 of .012
@@ -70,19 +70,19 @@ class Args:
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
     chrono: int = 0  # longest initial time scale of the gates, in steps; 0: none
-    log_std_z_max: float = 2.0  # largest log std of z before its tanh
+    log_std_z_max: float = 2.0  # largest log std of z before its tanh, >= target_entropy_z - 1.4
     memoryless: bool = False  # no internal state: plain LSIQ
 
     seed: int = 1  # of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     resume: str | None = None  # folder of a run to go on with, and with its options
     save_buffer: bool = False  # save the buffer, too; a resumed run refills it otherwise
-    checkpoint_frequency: int = 10_000  # steps between checkpoints
+    checkpoint_frequency: int = 10_000  # steps between checkpoints; an evaluation writes one, too
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
     eval_episodes: int = 5  # stochastic ones, and as many noise-free; 0 for none
     track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
     cuda: bool = True  # use a CUDA card where there is one
-    num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
+    num_threads: int = 1  # CPU threads of torch; for small networks one is enough
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
     compile: bool = False  # on CUDA: torch.compile the losses
     cudagraphs: bool = False  # on CUDA: replay acting and updates as graphs
@@ -94,7 +94,7 @@ class Args:
             seed=(0, inf), num_envs=(1, inf), buffer_size=(rows, inf), learning_starts=(rows, inf),
             regularizer=(1e-9, inf), batch_size=(1, inf), gamma=(0, 1 - 1e-9), tau=(1e-9, 1),
             actor_lr=(0, inf), critic_lr=(0, inf), alpha=(1e-9, inf), alpha_lr=(0, inf),
-            alpha_z=(1e-9, inf), alpha_z_lr=(0, inf), log_std_z_max=(-4.9, 2),
+            alpha_z=(1e-9, inf), alpha_z_lr=(0, inf), log_std_z_max=(-4.8, 2), num_threads=(1, inf),
             target_entropy_z=(-3.5, min(0.5, self.log_std_z_max + 1.4)), state_dim=(1, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(0, inf),
         ).items():  # fmt: skip
@@ -123,9 +123,9 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 class StochasticStatefulActor(nn.Module):
     """The joint policy pi(a, z' | o, z, a_prev), a squashed diagonal Gaussian.
 
-    A recurrent cell gives g, the next internal state without noise. The internal-state kernel
-    spreads z' around g, the stateless policy reads (o, g). It does not read the sample z', so
-    given (o, z, a_prev) a and z' are independent, and a stored a goes with a refreshed z'.
+    A recurrent cell gives g, the next internal state without noise. The kernel spreads z' around g.
+    The stateless policy reads (o, g), and its head also gives the std of z'. a does not depend on
+    the sample z': they are independent given (o, z, a_prev), so a stored a fits a refreshed z'.
 
     o [B, O]; z, z', g [B, Z] and a, a_prev [B, A] in (-1, 1); for an LSTM z = (h, tanh c).
     """
@@ -253,7 +253,7 @@ class Transitions(NamedTuple):
     terminated: torch.Tensor  # [B], 0 or 1
     next_obs: torch.Tensor  # [B, O]
     next_state: torch.Tensor  # [B, S]
-    next_z: torch.Tensor  # [B, Z]
+    next_z: torch.Tensor  # [B, Z], of which a loss may take the slope
     after: torch.Tensor  # [B], where the successors lie
     weight: torch.Tensor  # [B], sums to 1; 0 for a row that is no transition
 
@@ -266,8 +266,8 @@ class TransitionBuffer:
     predecessor's action: nothing is stored twice. A row whose successor is the `first` of an
     episode is no transition, and has weight 0.
 
-    Row t of environment n lies at t * num_envs + n, modulo the length of the ring. The number
-    `steps` of rows written lies on the device, so that a graph can replay writing and sampling.
+    Row t of environment n lies at t * num_envs + n, modulo the length of the ring. `steps`, the
+    rows written for each environment, lies on the device, so that a graph can replay `sample`.
     """
 
     def __init__(self, size, num_envs, obs_dim, critic_dim, z_dim, action_dim, device):
@@ -276,15 +276,15 @@ class TransitionBuffer:
         shape = self.slots * num_envs, sum(self.widths)
         try:
             self.rows = torch.zeros(shape, device=device)
-        except RuntimeError:  # of the allocator
+        except RuntimeError:  # out of memory
             sys.exit(f"the buffer needs {4e-9 * math.prod(shape):.1f} GB: lower --buffer-size")
         _, _, self.z, self.action, *_ = self.rows.split(self.widths, -1)
         self.steps = torch.zeros(1, dtype=torch.int64, device=device)
 
     def columns(self, rows):
-        """Views of rows [B, .]: o, what the critic sees, z, a [B, .], r, terminated, first [B]."""
+        """Columns of rows: o, what the critic sees, z, a [B, .], r, terminated, first [B]."""
         obs, state, z, action, *numbers = rows.split(self.widths, -1)
-        state = state if self.widths[1] > 0 else torch.cat([obs, z], -1)
+        state = state if self.widths[1] > 0 else torch.cat([obs, z], -1)  # s, or (o, z)
         return obs, state, z, action, *(number.squeeze(-1) for number in numbers)
 
     def add(self, obs, critic_obs, z, action, reward, terminated, first):
@@ -351,11 +351,11 @@ def soft_actor_loss(actor, critic, batch, alpha, alpha_z):
 
     Also the sample z~' [B, Z] and the entropies of pi_a and pi_z, detached.
     """
-    a, z_next, log_pi_a, log_pi_z = actor.sample(batch.obs, batch.z, batch.a_prev)
-    q = critic(batch.state, a, z_next, batch.a_prev).amin(0)
+    a, z_new, log_pi_a, log_pi_z = actor.sample(batch.obs, batch.z, batch.a_prev)
+    q = critic(batch.state, a, z_new, batch.a_prev).amin(0)
     loss = (batch.weight * (alpha * log_pi_a + alpha_z * log_pi_z - q)).sum()
     entropy, entropy_z = -(batch.weight * log_pi_a).sum(), -(batch.weight * log_pi_z).sum()
-    return loss, z_next.detach(), entropy.detach(), entropy_z.detach()
+    return loss, z_new.detach(), entropy.detach(), entropy_z.detach()
 
 
 class S2PGLSIQ(nn.Module):
@@ -427,7 +427,7 @@ class S2PGLSIQ(nn.Module):
         qf_loss, q = self.critic_loss(actor, critic, self.target_critic, batch, alpha, args)
         descend(self.critic_optimizer, qf_loss)
 
-        pi_loss, z_next, entropy, entropy_z = self.actor_loss(actor, critic, batch, alpha, alpha_z)
+        pi_loss, z_new, entropy, entropy_z = self.actor_loss(actor, critic, batch, alpha, alpha_z)
         # a temperature falls while its entropy is above the target
         alpha_loss = self.log_alpha.exp() * (entropy + self.action_dim)
         alpha_z_loss = self.log_alpha_z.exp() * (entropy_z - args.target_entropy_z * self.z_dim)
@@ -436,8 +436,8 @@ class S2PGLSIQ(nn.Module):
         with torch.no_grad():  # theta' <- theta' + tau (theta - theta')
             targets, online = list(self.target_critic.parameters()), list(critic.parameters())
             torch._foreach_lerp_(targets, online, args.tau)
-        for part, own, z in zip((buffer, expert), batches, z_next.chunk(2)):
-            part.refresh(own, z)  # of the actor loss, one gradient step old and free
+        for part, own, z in zip((buffer, expert), batches, z_new.chunk(2)):
+            part.refresh(own, z)  # drawn for the actor loss, just before the actor's step
 
         q_policy, q_expert = (batch.weight * q).sum(0).chunk(2)
         losses = dict(
@@ -493,7 +493,7 @@ def to_device(array, device):
 
 
 def make_env(args, num_envs):
-    """Your own may be any vector environment with actions in [-1, 1] and next-step autoreset."""
+    """Replace it by yours: any vector environment, actions in [-1, 1], autoreset next step."""
     import envs
 
     options = dict(hide=args.hide, privileged_critic=args.privileged_critic)
@@ -501,7 +501,7 @@ def make_env(args, num_envs):
 
 
 def views(obs):
-    """What the policy and what the critic sees; where it is no dict, both see all of it."""
+    """What the policy sees and what the critic sees: both all of `obs`, unless it is a dict."""
     return (obs["policy"], obs["critic"]) if isinstance(obs, dict) else (obs, obs)
 
 
@@ -516,7 +516,7 @@ def save_checkpoint(run_dir, agent, buffer, **state):
     try:
         torch.save(state, run_dir / "checkpoint.pt.tmp")
         (run_dir / "checkpoint.pt.tmp").replace(run_dir / "checkpoint.pt")
-    finally:  # of a full disk
+    finally:  # e.g. the disk is full
         (run_dir / "checkpoint.pt.tmp").unlink(missing_ok=True)
 
 
@@ -626,7 +626,7 @@ def train(args):
             for name, value in metrics.items():
                 writer.add_scalar(name, value, global_step)
             writer.add_scalar("charts/SPS", global_step / seconds, global_step)
-        frequencies = args.checkpoint_frequency, args.eval_frequency
+        frequencies = args.checkpoint_frequency, evaluates and args.eval_frequency
         save, score = (n and (finished or global_step // n > last_step // n) for n in frequencies)
         if save or score or leaving:
             save_checkpoint(run_dir, agent, buffer, global_step=global_step, seconds=seconds)
@@ -644,7 +644,7 @@ def train(args):
 
 
 def parse_args():
-    """The command line, over the options of the run to resume or what the task wants."""
+    """The command line over its defaults: those of its --env-id, or the options of its --resume."""
     unchecked = type("Args", (Args,), dict(__post_init__=lambda self: None))
     asked = tyro.cli(unchecked, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
     options = TUNED.get(asked.env_id.split("-")[0], {})

@@ -8,10 +8,10 @@ buffer and judged by the critic. Nothing is differentiated through time:
     target   y = r + gamma (1 - d) [min_i Q'_i(s', a'', z'', a) - alpha log pi_a(a'' | o', z', a)]
     critic   L(Q)  = sum_i E[(Q_i(s, a, z', a_prev) - y)^2]
     actor    L(pi) = E[alpha log pi_a(a~) + alpha_z log pi_z(z~') - min_i Q_i(s, a~, z~', a_prev)]
-    refresh  z_{t+1} <- z~' for the sampled rows, which keeps the stored z on-policy
+    refresh  z_{t+1} <- z~' for the sampled rows, which keeps the stored z near the policy's
 
-where (a'', z'') and (a~, z~') are fresh, reparameterised samples. Where s is Markov, Q does not
-depend on z; without a privileged critic, z is one more input of Q. Compare bptt_sac.py by diff.
+where (a'', z'') and (a~, z~') are fresh, reparameterised samples. If s is Markov, Q needs no z but
+z'; without a privileged critic s is (o, z). Symbols: docs/notation.md. Compare bptt_sac.py by diff.
 
     python s2pg_sac.py --env-id InvertedPendulum-v4 --total-timesteps 20000
     python s2pg_sac.py --env-id Humanoid-v4 --seed 1
@@ -40,7 +40,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "InvertedPendulum-v4"  # Gymnasium id or module:Id-v0; sets defaults
-    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of its constructor: wind True
+    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the environment: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
     privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, z)
     num_envs: int = 1  # environments stepped together
@@ -54,28 +54,28 @@ class Args:
     actor_lr: float = 3e-4  # learning rate of the actor
     critic_lr: float = 1e-3  # learning rate of the critic
     alpha: float = 1.0  # initial temperature of the action
-    alpha_lr: float = 1e-3  # of log alpha, whose target entropy is -|A|
+    alpha_lr: float = 1e-3  # learning rate of log alpha; the target entropy is -A
     alpha_z: float = 0.01  # initial temperature of the internal state
     alpha_z_lr: float = 3e-4  # learning rate of log alpha_z
     target_entropy_z: float = -1.0  # nats per component of z: -1 is a std of .09, -3 of .012
-    sobolev: float = 0.0  # weight of |d(Q - y)/dz'|^2 in the critic's loss; no --compile then
+    sobolev: float = 0.0  # weight of |d(Q - y)/dz'|^2 in the critic's loss; turns --compile off
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
     chrono: int = 0  # longest initial time scale of the gates, in steps; 0: none
-    log_std_z_max: float = 2.0  # largest log std of z before its tanh
-    memoryless: bool = False  # no internal state: plain SAC, where Q still gets a_prev
+    log_std_z_max: float = 2.0  # largest log std of z before its tanh, >= target_entropy_z - 1.4
+    memoryless: bool = False  # no internal state: plain SAC, except that Q gets a_prev
 
     seed: int = 1  # of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     resume: str | None = None  # folder of a run to go on with, and with its options
     save_buffer: bool = False  # save the buffer, too; a resumed run refills it otherwise
-    checkpoint_frequency: int = 10_000  # steps between checkpoints
+    checkpoint_frequency: int = 10_000  # steps between checkpoints; an evaluation writes one, too
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
     eval_episodes: int = 5  # stochastic ones, and as many noise-free; 0 for none
     track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
     cuda: bool = True  # use a CUDA card where there is one
-    num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
+    num_threads: int = 1  # CPU threads of torch; for small networks one is enough
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
     compile: bool = False  # on CUDA: torch.compile the losses
     cudagraphs: bool = False  # on CUDA: replay acting and updates as graphs
@@ -85,9 +85,9 @@ class Args:
         rows, inf = 4 * self.num_envs, math.inf
         for name, (low, high) in dict(
             seed=(0, inf), num_envs=(1, inf), buffer_size=(rows, inf), learning_starts=(rows, inf),
-            batch_size=(1, inf), gamma=(0, 1 - 1e-9), tau=(1e-9, 1),
+            batch_size=(1, inf), gamma=(0, 1 - 1e-9), tau=(1e-9, 1), num_threads=(1, inf),
             actor_lr=(0, inf), critic_lr=(0, inf), alpha=(1e-9, inf), alpha_lr=(0, inf),
-            alpha_z=(1e-9, inf), alpha_z_lr=(0, inf), sobolev=(0, inf), log_std_z_max=(-4.9, 2),
+            alpha_z=(1e-9, inf), alpha_z_lr=(0, inf), sobolev=(0, inf), log_std_z_max=(-4.8, 2),
             target_entropy_z=(-3.5, min(0.5, self.log_std_z_max + 1.4)), state_dim=(1, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(0, inf),
         ).items():  # fmt: skip
@@ -95,9 +95,9 @@ class Args:
                 sys.exit(f"--{name.replace('_', '-')} must be in [{low}, {high}]")
 
 
-BRIEF = dict(hide="velocities", learning_starts=1_000)
+BRIEF = dict(hide="velocities", learning_starts=1_000)  # for tasks that are learned early
 HUMANOID = dict(hide="velocities", critic_lr=1e-4, alpha_z=0.1, alpha_z_lr=5e-6)
-TUNED = {  # defaults that differ by task; options on the command line come before these
+TUNED = {  # defaults that differ by task; options on the command line override these
     "Ant": dict(hide="velocities", critic_lr=1e-4, alpha_z_lr=1e-6),
     "CueRecall": dict(learning_starts=1_000),
     **{name: dict(hide="velocities") for name in ("HalfCheetah", "Hopper", "Swimmer")},
@@ -112,9 +112,9 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 class StochasticStatefulActor(nn.Module):
     """The joint policy pi(a, z' | o, z, a_prev), a squashed diagonal Gaussian.
 
-    A recurrent cell gives g, the next internal state without noise. The internal-state kernel
-    spreads z' around g, the stateless policy reads (o, g). It does not read the sample z', so
-    given (o, z, a_prev) a and z' are independent, and a stored a goes with a refreshed z'.
+    A recurrent cell gives g, the next internal state without noise. The kernel spreads z' around g.
+    The stateless policy reads (o, g), and its head also gives the std of z'. a does not depend on
+    the sample z': they are independent given (o, z, a_prev), so a stored a fits a refreshed z'.
 
     o [B, O]; z, z', g [B, Z] and a, a_prev [B, A] in (-1, 1); for an LSTM z = (h, tanh c).
     """
@@ -231,7 +231,7 @@ class Transitions(NamedTuple):
     terminated: torch.Tensor  # [B], 0 or 1
     next_obs: torch.Tensor  # [B, O]
     next_state: torch.Tensor  # [B, S]
-    next_z: torch.Tensor  # [B, Z]
+    next_z: torch.Tensor  # [B, Z], of which a loss may take the slope
     after: torch.Tensor  # [B], where the successors lie
     weight: torch.Tensor  # [B], sums to 1; 0 for a row that is no transition
 
@@ -244,8 +244,8 @@ class TransitionBuffer:
     predecessor's action: nothing is stored twice. A row whose successor is the `first` of an
     episode is no transition, and has weight 0.
 
-    Row t of environment n lies at t * num_envs + n, modulo the length of the ring. The number
-    `steps` of rows written lies on the device, so that a graph can replay writing and sampling.
+    Row t of environment n lies at t * num_envs + n, modulo the length of the ring. `steps`, the
+    rows written for each environment, lies on the device, so that a graph can replay `sample`.
     """
 
     def __init__(self, size, num_envs, obs_dim, critic_dim, z_dim, action_dim, device):
@@ -254,15 +254,15 @@ class TransitionBuffer:
         shape = self.slots * num_envs, sum(self.widths)
         try:
             self.rows = torch.zeros(shape, device=device)
-        except RuntimeError:  # of the allocator
+        except RuntimeError:  # out of memory
             sys.exit(f"the buffer needs {4e-9 * math.prod(shape):.1f} GB: lower --buffer-size")
         _, _, self.z, self.action, *_ = self.rows.split(self.widths, -1)
         self.steps = torch.zeros(1, dtype=torch.int64, device=device)
 
     def columns(self, rows):
-        """Views of rows [B, .]: o, what the critic sees, z, a [B, .], r, terminated, first [B]."""
+        """Columns of rows: o, what the critic sees, z, a [B, .], r, terminated, first [B]."""
         obs, state, z, action, *numbers = rows.split(self.widths, -1)
-        state = state if self.widths[1] > 0 else torch.cat([obs, z], -1)
+        state = state if self.widths[1] > 0 else torch.cat([obs, z], -1)  # s, or (o, z)
         return obs, state, z, action, *(number.squeeze(-1) for number in numbers)
 
     def add(self, obs, critic_obs, z, action, reward, terminated, first):
@@ -300,11 +300,11 @@ def soft_critic_loss(actor, critic, target_critic, batch, alpha, args):
 
     y = r + gamma (1 - d) [min_i Q'_i(s', a'', z'', a) - alpha log pi_a(a'' | o', z', a)], where
     the action just taken is the next a_prev. It bootstraps through time limits: d is `terminated`.
-    The environment does not see z', so dy/dz' needs no model. Sobolev training: arXiv 1706.04859.
+    As published y has no entropy of z''. dy/dz' needs no model (Sobolev training, 1706.04859).
     """
     with torch.set_grad_enabled(args.sobolev > 0):
-        a, z, log_pi_a, _ = actor.sample(batch.next_obs, batch.next_z, batch.action)
-        next_q = target_critic(batch.next_state, a, z, batch.action).amin(0)
+        a, z_new, log_pi_a, _ = actor.sample(batch.next_obs, batch.next_z, batch.action)
+        next_q = target_critic(batch.next_state, a, z_new, batch.action).amin(0)
         target = batch.reward + args.gamma * (1 - batch.terminated) * (next_q - alpha * log_pi_a)
     z_twice = batch.next_z.expand(2, -1, -1)  # one for each critic
     q = critic(batch.state, batch.action, z_twice, batch.a_prev)
@@ -321,11 +321,11 @@ def soft_actor_loss(actor, critic, batch, alpha, alpha_z):
 
     Also the sample z~' [B, Z] and the entropies of pi_a and pi_z, detached.
     """
-    a, z_next, log_pi_a, log_pi_z = actor.sample(batch.obs, batch.z, batch.a_prev)
-    q = critic(batch.state, a, z_next, batch.a_prev).amin(0)
+    a, z_new, log_pi_a, log_pi_z = actor.sample(batch.obs, batch.z, batch.a_prev)
+    q = critic(batch.state, a, z_new, batch.a_prev).amin(0)
     loss = (batch.weight * (alpha * log_pi_a + alpha_z * log_pi_z - q)).sum()
     entropy, entropy_z = -(batch.weight * log_pi_a).sum(), -(batch.weight * log_pi_z).sum()
-    return loss, z_next.detach(), entropy.detach(), entropy_z.detach()
+    return loss, z_new.detach(), entropy.detach(), entropy_z.detach()
 
 
 class S2PGSAC(nn.Module):
@@ -374,7 +374,7 @@ class S2PGSAC(nn.Module):
         qf_loss, q = self.critic_loss(actor, critic, self.target_critic, batch, alpha, args)
         descend(self.critic_optimizer, qf_loss)
 
-        pi_loss, z_next, entropy, entropy_z = self.actor_loss(actor, critic, batch, alpha, alpha_z)
+        pi_loss, z_new, entropy, entropy_z = self.actor_loss(actor, critic, batch, alpha, alpha_z)
         # a temperature falls while its entropy is above the target
         alpha_loss = self.log_alpha.exp() * (entropy + self.action_dim)
         alpha_z_loss = self.log_alpha_z.exp() * (entropy_z - args.target_entropy_z * self.z_dim)
@@ -383,7 +383,7 @@ class S2PGSAC(nn.Module):
         with torch.no_grad():  # theta' <- theta' + tau (theta - theta')
             targets, online = list(self.target_critic.parameters()), list(critic.parameters())
             torch._foreach_lerp_(targets, online, args.tau)
-            buffer.refresh(batch, z_next)  # of the actor loss, one gradient step old and free
+            buffer.refresh(batch, z_new)  # drawn for the actor loss, just before the actor's step
 
         losses = dict(
             qf_values=(batch.weight * q).sum() / 2, qf_loss=qf_loss, actor_loss=pi_loss,
@@ -438,7 +438,7 @@ def to_device(array, device):
 
 
 def make_env(args, num_envs):
-    """Your own may be any vector environment with actions in [-1, 1] and next-step autoreset."""
+    """Replace it by yours: any vector environment, actions in [-1, 1], autoreset next step."""
     import envs
 
     options = dict(hide=args.hide, privileged_critic=args.privileged_critic)
@@ -446,7 +446,7 @@ def make_env(args, num_envs):
 
 
 def views(obs):
-    """What the policy and what the critic sees; where it is no dict, both see all of it."""
+    """What the policy sees and what the critic sees: both all of `obs`, unless it is a dict."""
     return (obs["policy"], obs["critic"]) if isinstance(obs, dict) else (obs, obs)
 
 
@@ -461,7 +461,7 @@ def save_checkpoint(run_dir, agent, buffer, **state):
     try:
         torch.save(state, run_dir / "checkpoint.pt.tmp")
         (run_dir / "checkpoint.pt.tmp").replace(run_dir / "checkpoint.pt")
-    finally:  # of a full disk
+    finally:  # e.g. the disk is full
         (run_dir / "checkpoint.pt.tmp").unlink(missing_ok=True)
 
 
@@ -564,7 +564,7 @@ def train(args):
             for name, value in metrics.items():
                 writer.add_scalar(name, value, global_step)
             writer.add_scalar("charts/SPS", global_step / seconds, global_step)
-        frequencies = args.checkpoint_frequency, args.eval_frequency
+        frequencies = args.checkpoint_frequency, evaluates and args.eval_frequency
         save, score = (n and (finished or global_step // n > last_step // n) for n in frequencies)
         if save or score or leaving:
             save_checkpoint(run_dir, agent, buffer, global_step=global_step, seconds=seconds)
@@ -582,7 +582,7 @@ def train(args):
 
 
 def parse_args():
-    """The command line, over the options of the run to resume or what the task wants."""
+    """The command line over its defaults: those of its --env-id, or the options of its --resume."""
     unchecked = type("Args", (Args,), dict(__post_init__=lambda self: None))
     asked = tyro.cli(unchecked, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
     options = TUNED.get(asked.env_id.split("-")[0], {})

@@ -43,7 +43,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     env_id: str = "InvertedPendulum-v4"  # Gymnasium id or module:Id-v0; sets defaults
-    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of its constructor: wind True
+    env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the environment: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
     privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, z)
     num_envs: int = 1  # environments stepped together
@@ -70,12 +70,12 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     resume: str | None = None  # folder of a run to go on with, and with its options
     save_buffer: bool = False  # save the buffer, too; a resumed run refills it otherwise
-    checkpoint_frequency: int = 10_000  # steps between checkpoints
+    checkpoint_frequency: int = 10_000  # steps between checkpoints; an evaluation writes one, too
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
     eval_episodes: int = 5  # stochastic ones, and as many noise-free; 0 for none
     track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
     cuda: bool = True  # use a CUDA card where there is one
-    num_threads: int = 1  # CPU threads of torch; more rarely pay for small networks
+    num_threads: int = 1  # CPU threads of torch; for small networks one is enough
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
     compile: bool = False  # on CUDA: torch.compile the losses
     cudagraphs: bool = False  # on CUDA: replay acting and updates as graphs
@@ -85,7 +85,7 @@ class Args:
         rows, inf = 4 * self.num_envs, math.inf
         for name, (low, high) in dict(
             seed=(0, inf), num_envs=(1, inf), buffer_size=(rows, inf), learning_starts=(rows, inf),
-            batch_size=(1, inf), gamma=(0, 1 - 1e-9), tau=(1e-9, 1),
+            batch_size=(1, inf), gamma=(0, 1 - 1e-9), tau=(1e-9, 1), num_threads=(1, inf),
             actor_lr=(0, inf), critic_lr=(0, inf), exploration_noise=(0, inf),
             exploration_noise_z=(0, inf), policy_noise=(0, inf), noise_clip=(0, inf),
             policy_frequency=(1, inf), state_dim=(1, inf),
@@ -95,7 +95,7 @@ class Args:
                 sys.exit(f"--{name.replace('_', '-')} must be in [{low}, {high}]")
 
 
-TUNED = {  # defaults that differ by task; options on the command line come before these
+TUNED = {  # defaults that differ by task; options on the command line override these
     "Ant": dict(hide="velocities"),
     "CueRecall": dict(learning_starts=1_000),
     "HalfCheetah": dict(hide="velocities", exploration_noise=0.4, exploration_noise_z=0.01),
@@ -201,7 +201,7 @@ class Transitions(NamedTuple):
     terminated: torch.Tensor  # [B], 0 or 1
     next_obs: torch.Tensor  # [B, O]
     next_state: torch.Tensor  # [B, S]
-    next_z: torch.Tensor  # [B, Z]
+    next_z: torch.Tensor  # [B, Z], of which a loss may take the slope
     after: torch.Tensor  # [B], where the successors lie
     weight: torch.Tensor  # [B], sums to 1; 0 for a row that is no transition
 
@@ -214,8 +214,8 @@ class TransitionBuffer:
     predecessor's action: nothing is stored twice. A row whose successor is the `first` of an
     episode is no transition, and has weight 0.
 
-    Row t of environment n lies at t * num_envs + n, modulo the length of the ring. The number
-    `steps` of rows written lies on the device, so that a graph can replay writing and sampling.
+    Row t of environment n lies at t * num_envs + n, modulo the length of the ring. `steps`, the
+    rows written for each environment, lies on the device, so that a graph can replay `sample`.
     """
 
     def __init__(self, size, num_envs, obs_dim, critic_dim, z_dim, action_dim, device):
@@ -224,15 +224,15 @@ class TransitionBuffer:
         shape = self.slots * num_envs, sum(self.widths)
         try:
             self.rows = torch.zeros(shape, device=device)
-        except RuntimeError:  # of the allocator
+        except RuntimeError:  # out of memory
             sys.exit(f"the buffer needs {4e-9 * math.prod(shape):.1f} GB: lower --buffer-size")
         _, _, self.z, self.action, *_ = self.rows.split(self.widths, -1)
         self.steps = torch.zeros(1, dtype=torch.int64, device=device)
 
     def columns(self, rows):
-        """Views of rows [B, .]: o, what the critic sees, z, a [B, .], r, terminated, first [B]."""
+        """Columns of rows: o, what the critic sees, z, a [B, .], r, terminated, first [B]."""
         obs, state, z, action, *numbers = rows.split(self.widths, -1)
-        state = state if self.widths[1] > 0 else torch.cat([obs, z], -1)
+        state = state if self.widths[1] > 0 else torch.cat([obs, z], -1)  # s, or (o, z)
         return obs, state, z, action, *(number.squeeze(-1) for number in numbers)
 
     def add(self, obs, critic_obs, z, action, reward, terminated, first):
@@ -405,7 +405,7 @@ def to_device(array, device):
 
 
 def make_env(args, num_envs):
-    """Your own may be any vector environment with actions in [-1, 1] and next-step autoreset."""
+    """Replace it by yours: any vector environment, actions in [-1, 1], autoreset next step."""
     import envs
 
     options = dict(hide=args.hide, privileged_critic=args.privileged_critic)
@@ -413,7 +413,7 @@ def make_env(args, num_envs):
 
 
 def views(obs):
-    """What the policy and what the critic sees; where it is no dict, both see all of it."""
+    """What the policy sees and what the critic sees: both all of `obs`, unless it is a dict."""
     return (obs["policy"], obs["critic"]) if isinstance(obs, dict) else (obs, obs)
 
 
@@ -428,7 +428,7 @@ def save_checkpoint(run_dir, agent, buffer, **state):
     try:
         torch.save(state, run_dir / "checkpoint.pt.tmp")
         (run_dir / "checkpoint.pt.tmp").replace(run_dir / "checkpoint.pt")
-    finally:  # of a full disk
+    finally:  # e.g. the disk is full
         (run_dir / "checkpoint.pt.tmp").unlink(missing_ok=True)
 
 
@@ -531,7 +531,7 @@ def train(args):
             for name, value in metrics.items():
                 writer.add_scalar(name, value, global_step)
             writer.add_scalar("charts/SPS", global_step / seconds, global_step)
-        frequencies = args.checkpoint_frequency, args.eval_frequency
+        frequencies = args.checkpoint_frequency, evaluates and args.eval_frequency
         save, score = (n and (finished or global_step // n > last_step // n) for n in frequencies)
         if save or score or leaving:
             save_checkpoint(run_dir, agent, buffer, global_step=global_step, seconds=seconds)
@@ -549,7 +549,7 @@ def train(args):
 
 
 def parse_args():
-    """The command line, over the options of the run to resume or what the task wants."""
+    """The command line over its defaults: those of its --env-id, or the options of its --resume."""
     unchecked = type("Args", (Args,), dict(__post_init__=lambda self: None))
     asked = tyro.cli(unchecked, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
     options = TUNED.get(asked.env_id.split("-")[0], {})

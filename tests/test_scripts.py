@@ -612,7 +612,7 @@ def test_bad_input_is_answered_in_a_sentence(script, options, says, monkeypatch,
 @EACH
 def test_every_number_has_a_range_in_which_its_default_lies(script):
     """Or is one of these, which do no harm."""
-    free = {"total_timesteps", "chrono", "num_threads", "demonstration_episodes"}
+    free = {"total_timesteps", "chrono", "demonstration_episodes"}
     for option in dataclasses.fields(module(script).Args):
         if option.type in (int, float, int | None, float | None) and option.name not in free:
             with pytest.raises(SystemExit, match=option.name.replace("_", "-")):

@@ -1,5 +1,6 @@
 """Environments of a user's own: what they do wrong is told, and what was learned before is kept."""
 
+import importlib
 import signal
 import subprocess
 import traceback
@@ -156,10 +157,17 @@ def test_a_buffer_that_does_not_fit_says_how_large_it_is(script, monkeypatch):
     assert not Path("runs").exists()
 
 
-@BOTH
-def test_there_may_be_one_environment_only(script, monkeypatch):
+@pytest.mark.parametrize(("script", "save"), [("s2pg_sac", "checkpoint"), ("s2pg_ppo", "run")])
+def test_there_may_be_one_environment_only(script, save, monkeypatch):
+    """Without episodes to evaluate there is no evaluation, nor a checkpoint before it."""
+    module, saved = importlib.import_module(script), []
+    save_state = getattr(module, f"save_{save}")
+    monkeypatch.setattr(
+        module, f"save_{save}", lambda *parts, **state: saved.append(save_state(*parts, **state))
+    )
     run = train(script, **register(monkeypatch) | dict(eval_frequency=20), eval_episodes=0)
     assert Env.made == 1 and not any(tag.startswith("eval/") for tag in logged(run))
+    assert len(saved) == 1
 
 
 def test_a_buffer_that_was_saved_need_not_be_read(monkeypatch):

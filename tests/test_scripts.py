@@ -745,3 +745,19 @@ def test_a_run_on_a_card(script, cudagraphs):
     train(script, cudagraphs=cudagraphs, resume=str(run), total_timesteps=120)
     assert load(run)["global_step"] == 120
     evaluate.main(evaluate.Options(run, episodes=1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["weights", "rows"])
+def test_what_is_not_finite_leaves_the_last_good_checkpoint(place, value):
+    args = arguments("s2pg_sac")
+    env = s2pg_sac.make_env(args, 1)
+    agent = s2pg_sac.Agent(args, env, torch.device("cpu"))
+    buffer = s2pg_sac.TransitionBuffer(100, 1, *agent.row_sizes, "cpu")
+    s2pg_sac.save_checkpoint(Path(), agent, buffer, global_step=1, seconds=0.0)
+    spoilt = buffer.rows if place == "rows" else agent.actor.policy_obs.weight
+    with torch.no_grad():
+        spoilt[3, 1] = value
+    with pytest.raises(SystemExit, match="not finite any more"):
+        s2pg_sac.save_checkpoint(Path(), agent, buffer, global_step=2, seconds=0.0)
+    assert load(Path())["global_step"] == 1

@@ -40,14 +40,14 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "InvertedPendulum-v4"  # Gymnasium id or module:Id-v0; sets defaults
+    env_id: str = "InvertedPendulum-v4"  # [task] id or module:Id-v0; sets defaults
     env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the environment: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
     privileged_critic: bool = False  # the critic sees the whole state in place of o
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
 
-    num_steps: int = 2048  # rows of a rollout in each environment
+    num_steps: int = 2048  # [algorithm] rows of a rollout in each environment
     sequence_length: int = 32  # rows L that gradients flow through; 1: none through time
     num_minibatches: int = 32  # gradient steps in an epoch, or as many as there are sequences
     update_epochs: int = 10  # epochs over a rollout
@@ -63,18 +63,18 @@ class Args:
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
     target_kl: float = math.inf  # no further epoch where the policy has diverged by more
 
-    rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent layer
+    rnn: Literal["gru", "lstm", "rnn"] = "gru"  # [networks] recurrent layer
     state_dim: int = 32  # size of the layer; an LSTM's z = (h, c) is twice as large
     std: float = 0.5  # initial std of a, before a is clipped to [-1, 1]
 
-    seed: int = 1  # of the networks, the noise and the environments
+    seed: int = 1  # [run] of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     resume: str | None = None  # folder of a run to go on with, and with its options
     checkpoint_frequency: int = 10_000  # steps between checkpoints; an evaluation writes one, too
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
     eval_episodes: int = 5  # stochastic ones, and as many noise-free; 0 for none
     track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
-    cuda: bool = True  # use a CUDA card where there is one
+    cuda: bool = True  # [hardware] use a CUDA card where there is one
     num_threads: int = 1  # CPU threads of torch; for small networks one is enough
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
     compile: bool = False  # on CUDA: torch.compile the loss

@@ -43,14 +43,14 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "InvertedPendulum-v4"  # Gymnasium id or module:Id-v0; sets defaults
+    env_id: str = "InvertedPendulum-v4"  # [task] id or module:Id-v0; sets defaults
     env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the environment: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
     privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, z)
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
 
-    buffer_size: int = 1_000_000  # rows of the replay buffer, over all environments
+    buffer_size: int = 1_000_000  # [algorithm] rows of the replay buffer, over all environments
     learning_starts: int = 5_000  # random steps, before the first update
     batch_size: int = 256  # rows in an update
     gamma: float = 0.99  # discount, in [0, 1)
@@ -65,14 +65,14 @@ class Args:
     alpha_z_lr: float = 3e-4  # learning rate of log alpha_z
     target_entropy_z: float = -1.0  # nats per component of z: -1 is a std of .09, -3 of .012
 
-    velocity: Literal["mlp", "flow_g", "flow_t", "none"] = "flow_g"  # "none": a Gaussian
+    velocity: Literal["mlp", "flow_g", "flow_t", "none"] = "flow_g"  # [networks] "none": a Gaussian
     flow_steps: int = 4  # K, steps from noise to an action
     flow_width: int = 256  # width of the hidden layers of v
     draw_x0: bool = False  # draw x_0 in a noise-free evaluation, too; otherwise it is 0
     state_dim: int = 0  # size of the internal state, that of a GRU; 0 for none
     critic: Literal["target", "crossq"] = "target"  # or CrossQ: no targets, batch renorm, wide
 
-    seed: int = 1  # of the networks, the noise and the environments
+    seed: int = 1  # [run] of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     resume: str | None = None  # folder of a run to go on with, and with its options
     save_buffer: bool = False  # save the buffer, too; a resumed run refills it otherwise
@@ -80,7 +80,7 @@ class Args:
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
     eval_episodes: int = 5  # stochastic ones, and as many noise-free; 0 for none
     track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
-    cuda: bool = True  # use a CUDA card where there is one
+    cuda: bool = True  # [hardware] use a CUDA card where there is one
     num_threads: int = 1  # CPU threads of torch; for small networks one is enough
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
     compile: bool = False  # on CUDA: torch.compile the losses

@@ -40,13 +40,13 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "InvertedPendulum-v4"  # Gymnasium id or module:Id-v0; sets defaults
+    env_id: str = "InvertedPendulum-v4"  # [task] id or module:Id-v0; sets defaults
     env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the environment: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
 
-    buffer_size: int = 1_000_000  # rows of the replay buffer, over all environments
+    buffer_size: int = 1_000_000  # [algorithm] rows of the replay buffer, over all environments
     learning_starts: int = 5_000  # random steps, before the first update
     warmup_steps: int = 10_000  # steps in which the actor learns as in SAC: h is 0
     batch_size: int = 256  # rows in an update
@@ -62,26 +62,27 @@ class Args:
 
     estimator: Literal["dp", "dr", "model-free"] = "dp"  # predictions, real segments, h = 0
     horizon: int = 3  # model steps h that the actor's gradient flows through
-    spectral_norm: Literal["model", "policy", "both", "none"] = "both"  # of these networks
-    sn_layers: Literal["reference", "all"] = "reference"  # all but outputs and the policy's first
-    sn_coef: float = 1.0  # c, the spectral norm of a normalised layer
     model_lr: float = 1e-3  # learning rate of the model
     model_updates: int = 1  # updates of the model for each of the rest
     model_length: int = 3  # steps that the model is trained to predict, whatever the horizon
+
+    spectral_norm: Literal["model", "policy", "both", "none"] = "both"  # [networks] of these
+    sn_layers: Literal["reference", "all"] = "reference"  # all but outputs and the policy's first
+    sn_coef: float = 1.0  # c, the spectral norm of a normalised layer
     width: int = 256  # of the hidden layers of policy and model
     depth: int = 3  # hidden layers of policy and dynamics
-    grad_var_every: int = 10_000  # steps between measurements of the gradient's variance; 0: none
-    lipschitz_every: int = 10_000  # steps between measurements of Lipschitz constants; 0: none
 
-    seed: int = 1  # of the networks, the noise and the environments
+    seed: int = 1  # [run] of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     resume: str | None = None  # folder of a run to go on with, and with its options
     save_buffer: bool = False  # save the buffer, too; a resumed run refills it otherwise
     checkpoint_frequency: int = 10_000  # steps between checkpoints; an evaluation writes one, too
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
     eval_episodes: int = 5  # stochastic ones, and as many noise-free; 0 for none
+    grad_var_every: int = 10_000  # steps between measurements of the gradient's variance; 0: none
+    lipschitz_every: int = 10_000  # steps between measurements of Lipschitz constants; 0: none
     track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
-    cuda: bool = True  # use a CUDA card where there is one
+    cuda: bool = True  # [hardware] use a CUDA card where there is one
     num_threads: int = 1  # CPU threads of torch; for small networks one is enough
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
     compile: bool = False  # on CUDA: torch.compile the losses

@@ -39,14 +39,14 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "InvertedPendulum-v4"  # Gymnasium id or module:Id-v0; sets defaults
+    env_id: str = "InvertedPendulum-v4"  # [task] id or module:Id-v0; sets defaults
     env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the environment: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
     privileged_critic: bool = True  # critic and discriminator see the whole state
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
 
-    demonstrations: str | None = None  # FILE.npz, minari:NAME, or shipped:stochastic
+    demonstrations: str | None = None  # [algorithm] FILE.npz, minari:NAME, or shipped:stochastic
     demonstration_episodes: int | None = None  # how many to imitate, from the first; None: all
     bc_steps: int = 0  # of behaviour cloning before everything else
     reward: Literal["gail", "airl"] = "gail"  # -log(1 - D + 1e-8), or log D - log(1 - D)
@@ -70,20 +70,20 @@ class Args:
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
     target_kl: float = math.inf  # no further epoch where the policy has diverged by more
 
-    rnn: Literal["gru", "lstm", "rnn"] = "gru"  # recurrent cell
+    rnn: Literal["gru", "lstm", "rnn"] = "gru"  # [networks] recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
     std: float = 0.5  # initial std of a, before a is clipped to [-1, 1]
     std_z: float = 0.1  # that of z'; with less noise rho leaves 1 sooner
     memoryless: bool = False  # no internal state: plain GAIL, where V still gets a_prev
 
-    seed: int = 1  # of the networks, the noise and the environments
+    seed: int = 1  # [run] of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     resume: str | None = None  # folder of a run to go on with, and with its options
     checkpoint_frequency: int = 10_000  # steps between checkpoints; an evaluation writes one, too
     eval_frequency: int = 10_000  # steps between evaluations; 0 for none
     eval_episodes: int = 5  # stochastic ones, and as many noise-free; 0 for none
     track: bool = False  # log to Weights and Biases, too: $WANDB_PROJECT
-    cuda: bool = True  # use a CUDA card where there is one
+    cuda: bool = True  # [hardware] use a CUDA card where there is one
     num_threads: int = 1  # CPU threads of torch; for small networks one is enough
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
     compile: bool = False  # on CUDA: torch.compile the loss

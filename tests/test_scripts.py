@@ -640,12 +640,14 @@ def test_an_option_is_judged_beside_those_of_the_task_or_of_the_resumed_run(monk
 
 
 @EACH
-def test_help_is_short(script, monkeypatch, capsys):
+def test_help_is_short_and_in_groups(script, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         parse(monkeypatch, "--help", script=script)
-    lines = capsys.readouterr().out.splitlines()
-    assert sum(max(1, math.ceil(len(line.rstrip()) / 100)) for line in lines) <= 90
+    text = capsys.readouterr().out
+    assert sum(max(1, math.ceil(len(line.rstrip()) / 100)) for line in text.splitlines()) <= 90
+    groups = ["task", "algorithm", "networks", "run", "hardware"]  # named by their first option
+    assert re.findall(rf"\[({'|'.join(groups)})\]", text) == groups
 
 
 def test_options_for_the_environment_are_python_or_json_literals(monkeypatch):

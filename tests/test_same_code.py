@@ -100,6 +100,13 @@ def test_a_page_is_short(page, most):
     assert max(len(line) for line in lines if line[:1] not in ("|", "!")) <= 120
 
 
+def test_the_lines_that_the_readme_quotes_are_in_the_script():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if "actor.sample(" in line)
+    text = (ROOT / "s2pg_sac.py").read_text()
+    assert all(f"\n    {line}\n" in text for line in lines[first : first + 2])
+
+
 def test_the_sac_pair_differs_by_the_algorithm():
     """`diff bptt_sac.py s2pg_sac.py` has at most 260 changed lines."""
     command = ["diff", "bptt_sac.py", "s2pg_sac.py"]

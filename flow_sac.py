@@ -2,19 +2,19 @@
 
 Zhang et al., "SAC Flow: Sample-Efficient Reinforcement Learning of Flow-Based Policies via
 Velocity-Reparameterized Sequential Modeling", ICLR 2026, arXiv 2509.25756. K steps of a velocity v
-make an action of noise, and the actor's loss is differentiated through all of them:
+turn noise into an action, and the actor's loss is differentiated through all of them:
 
     x_0 ~ N(0, I),   x_{k+1} = x_k + v(x_k, k/K, o) / K + std(o) eps_k,   a = tanh(x_K)
     log pi = log N(x_0; 0, I) + sum_k log N(x_{k+1}; x_k + v / K, std^2) - sum log(1 - a^2)
 
-As in a recurrent network, dQ/dx_0 is dQ/dx_K times K Jacobians. Two velocities shall bound it:
+As in a recurrent network, dQ/dx_0 is dQ/dx_K times K Jacobians. flow_g and flow_t shall bound it:
 
     flow_g   v = G (C - x), with a gate G and a candidate C, as in a gated recurrent cell
     flow_t   v is a transformer's decoder block, whose memory is the observation
     mlp      v is any network, the naive flow
     none     one Gaussian step from 0: SAC, whose Q gets a_prev, too
 
---critic crossq is the published one. With --state-dim v sees s2pg_sac.py's internal state, too.
+--critic crossq is the published critic. --state-dim gives the policy s2pg_sac.py's internal state.
 
     python flow_sac.py --env-id HalfCheetah-v4
     python flow_sac.py --env-id Hopper-v4 --state-dim 32 --hide velocities
@@ -60,17 +60,17 @@ class Args:
     critic_lr: float = 1e-3  # learning rate of the critic
     adam_beta1: float = 0.9  # momentum of Adam, in [0, 1)
     alpha: float = 0.2  # initial temperature of the action
-    alpha_lr: float = 1e-3  # learning rate of log alpha; target entropy 0, -|A| for a Gaussian
+    alpha_lr: float = 1e-3  # learning rate of log alpha; the target entropy is 0, -A for a Gaussian
     alpha_z: float = 0.01  # initial temperature of the internal state
     alpha_z_lr: float = 3e-4  # learning rate of log alpha_z
     target_entropy_z: float = -1.0  # nats per component of z: -1 is a std of .09, -3 of .012
 
     velocity: Literal["mlp", "flow_g", "flow_t", "none"] = "flow_g"  # [networks] "none": a Gaussian
-    flow_steps: int = 4  # K, steps from noise to an action
+    flow_steps: int = 4  # K, steps from noise to an action; a Gaussian has one
     flow_width: int = 256  # width of the hidden layers of v
     draw_x0: bool = False  # draw x_0 in a noise-free evaluation, too; otherwise it is 0
     state_dim: int = 0  # size of the internal state, that of a GRU; 0 for none
-    critic: Literal["target", "crossq"] = "target"  # or CrossQ: no targets, batch renorm, wide
+    critic: Literal["target", "crossq"] = "target"  # crossq: batch renorm, no target, no tau
 
     seed: int = 1  # [run] of the networks, the noise and the environments
     exp_name: str = Path(__file__).stem  # part of the run folder's name
@@ -109,7 +109,7 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 class VelocityMLP(nn.Module):
     """v(x, t, o) of two hidden layers. `context`, the part of o, is computed once for all steps.
 
-    Shapes, here and below: x, v [B, A]; t [B, 1] in [0, 1); o is (o, g) where there is a memory.
+    Shapes, here and below: x, v [B, A]; t [B, 1] in [0, 1); with an internal state o is (o, g).
     """
 
     def __init__(self, inputs, dim, width):
@@ -203,7 +203,7 @@ class FlowActor(nn.Module):
         return g, *log_std.split([self.action_dim, self.z_dim], -1)
 
     def path(self, obs, g, log_std, noise):
-        """[x_0, ..., x_K], each [B, A], and log p of the path and of tanh x_K, per dimension.
+        """[x_0, ..., x_K], each [B, A], and log pi of path and tanh x_K, per component [B, A].
 
         `noise` [K + 1, B, A] is x_0 and eps_0 to eps_{K-1}.
         """
@@ -250,7 +250,7 @@ class BatchRenorm(nn.Module):
     """Normalises x [2, B, F] over B in training, otherwise by running statistics.
 
     Ioffe, NeurIPS 2017, arXiv 1702.03275: after 100 000 calls r and d, without gradient, make it
-    normalise as running statistics would, within bounds. No scale: a linear layer follows.
+    normalise as running statistics would, within bounds. Scale and shift are the next layer's.
     """
 
     def __init__(self, features):
@@ -379,7 +379,7 @@ def flow_critic_loss(actor, critic, target_critic, batch, alpha, gamma):
     with torch.no_grad():
         a, z, log_pi_a, _ = actor.sample(batch.next_obs, batch.next_z, batch.action)
     now = batch.state, batch.action, batch.next_z, batch.a_prev
-    later = batch.next_state, a, z, batch.action
+    later = batch.next_state.detach(), a, z, batch.action
     if target_critic is None:
         q, next_q = critic(*map(torch.cat, zip(now, later))).chunk(2, -1)
     else:
@@ -630,7 +630,7 @@ def train(args):
         if global_step < args.learning_starts:
             action = 2 * torch.rand_like(action) - 1
         a = action.cpu().numpy()
-        for _ in range(updates_due // args.policy_frequency):  # a card works while `env` steps
+        for _ in range(updates_due // args.policy_frequency):  # on CUDA they run while `env` steps
             metrics = agent.update(buffer)
         updates_due %= args.policy_frequency
         try:

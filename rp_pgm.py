@@ -1,8 +1,8 @@
 """RP-PGM: policy gradients through an unrolled, learned model, smooth by spectral normalisation.
 
 Zhang, Liu, Wang, Zhao, "Model-Based Reparameterization Policy Gradient Methods: Theory and
-Practical Algorithms", NeurIPS 2023, arXiv 2310.19927. The actor climbs the return of h steps of a
-learned model and of the critic behind them, differentiated through model and policy alike:
+Practical Algorithms", NeurIPS 2023, arXiv 2310.19927. The actor maximises the return of h steps of
+a learned model and of the critic after them, differentiated through model and policy alike:
 
     a_t = pi(s_t, zeta_t),  s_{t+1} = f(s_t, a_t) + xi_t,  n_0 = 1,  n_{t+1} = n_t (1 - d(s_t, a_t))
     J_h = sum_{t<h} gamma^t n_t (r_t - alpha log pi_t) + gamma^h n_h (min_i Q_i - alpha log pi)_h
@@ -10,8 +10,8 @@ learned model and of the critic behind them, differentiated through model and po
     dr          zeta and xi repeat a segment of the replay buffer: derivatives on real samples
     model-free  h = 0: the actor's step of SAC
 
-The gradient's variance may grow as the 4h-th powers of the Lipschitz constants of f and pi, which
-spectral normalisation, W <- c W / sigma(W), bounds. The rest is SAC without an internal state.
+The gradient's variance may grow as the 4h-th powers of the Lipschitz constants of f and pi.
+Spectral normalisation of hidden layers, W <- c W / sigma(W), lowers them. The rest is plain SAC.
 
     python rp_pgm.py --env-id InvertedDoublePendulum-v4
     python rp_pgm.py --env-id HalfCheetah-v4 --estimator dr --horizon 8 --spectral-norm none
@@ -87,7 +87,7 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
     compile: bool = False  # on CUDA: torch.compile the losses
     cudagraphs: bool = False  # on CUDA: replay acting and updates as graphs
-    privileged_critic = False  # no option: Q judges what the model predicts, what the policy sees
+    privileged_critic = False  # no option: Q judges predictions of what the policy sees
 
     def __post_init__(self):
         self.env_kwargs = list(dict(self.env_kwargs).items())  # pairs, also after JSON
@@ -98,7 +98,7 @@ class Args:
             actor_lr=(0, inf), critic_lr=(0, inf), alpha=(1e-9, inf), alpha_lr=(0, inf),
             entropy_power=(1e-3, inf), horizon=(0, inf), sn_coef=(1e-9, inf), model_lr=(0, inf),
             model_updates=(0, inf), model_length=(1, inf), depth=(0, inf), width=(1, inf),
-            entropy_start=(-9, 1), entropy_end=(-9, 1), num_threads=(1, inf),
+            entropy_start=(-3.5, 0.6), entropy_end=(-3.5, 0.6), num_threads=(1, inf),
             grad_var_every=(0, inf), lipschitz_every=(0, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(0, inf),
         ).items():  # fmt: skip
@@ -109,12 +109,12 @@ class Args:
 
 
 QUICK = dict(learning_starts=1_000, warmup_steps=0)
-SMALL = dict(width=128, horizon=2, model_length=2, tau=0.01)  # half an update's time
+SMALL = dict(width=128, horizon=2, model_length=2)  # half an update's time
 TUNED = {  # defaults that differ by task: the target entropies as published
     "Ant": dict(entropy_start=0.0, entropy_end=-2 / 8, entropy_power=4.0),
     "HalfCheetah": dict(entropy_start=-2 / 6, entropy_end=-3 / 6),
     "Hopper": dict(entropy_start=0.0, entropy_end=-2 / 3, entropy_power=1 / 32),
-    "InvertedDoublePendulum": QUICK | SMALL | dict(entropy_start=-2.0, entropy_end=-2.0),
+    "InvertedDoublePendulum": QUICK | SMALL | dict(tau=0.01, entropy_start=-2.0, entropy_end=-2.0),
     "InvertedPendulum": QUICK,
     "Walker2d": dict(entropy_start=-2 / 6, entropy_end=-8 / 6, entropy_power=1 / 16),
 }
@@ -128,11 +128,11 @@ class RunningNorm(nn.Module):
     def __init__(self, obs_dim):
         super().__init__()
         self.register_buffer("count", torch.tensor(0))
-        self.register_buffer("mean", torch.zeros(obs_dim))
-        self.register_buffer("var", torch.ones(obs_dim))
+        self.register_buffer("mean", torch.zeros(obs_dim, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(obs_dim, dtype=torch.float64))
 
     def forward(self, obs):
-        return (obs - self.mean) / self.var.sqrt().clamp(0.1, 10)
+        return ((obs - self.mean) / self.var.sqrt().clamp(0.1, 10)).to(obs.dtype)
 
     def add(self, obs):
         """Let observations [N, O] count, by Chan's rule for mean and variance of two samples."""
@@ -166,12 +166,12 @@ def power_iteration(net):
     for layer in net.modules():
         if parametrize.is_parametrized(layer):
             norm, weight = layer.parametrizations.weight[0], layer.parametrizations.weight.original
-            for _ in range(5):  # with one, sigma falls behind by up to a third while W moves fast
+            for _ in range(5):  # one alone leaves sigma behind by up to a third while W moves fast
                 norm.v.copy_(F.normalize(weight.T @ (weight @ norm.v), dim=0))
 
 
 def mlp(sizes, normalised=(), coef=1.0):
-    """Linear layers with ReLUs between; those with a number in `normalised` have a spectral norm.
+    """Linear layers with ReLUs between; SpectralNorm for those whose index is in `normalised`.
 
     Weights are orthogonal, so that all layers begin with sigma = 1, normalised or not.
     """
@@ -224,7 +224,7 @@ def squash(mean, log_std, zeta):
 
 
 class Model(nn.Module):
-    """What follows (x, a): the next x, the reward, and the probability that the episode ends."""
+    """What follows (x, a): the next x, the reward, and the log-odds of a termination."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
@@ -262,7 +262,7 @@ class TwinCritic(nn.Module):
 
 
 class Segments(NamedTuple):
-    """B segments of L rows that follow one another, and the row behind them."""
+    """B segments of L rows that follow one another, each with the row after its last."""
 
     x: torch.Tensor  # [L + 1, B, O], normalised observations
     action: torch.Tensor  # [L, B, A]
@@ -301,7 +301,7 @@ class SegmentBuffer:
         self.steps += 1
 
     def sample(self, batch_size, length, norm):
-        """Segments that begin at rows drawn uniformly with replacement, but not at the newest."""
+        """Segments [batch_size] that begin at rows drawn uniformly with replacement."""
         stored = self.steps.clamp(max=self.slots)
         offset = torch.rand(batch_size, dtype=torch.float64, device=self.device) * (stored - 1)
         row = ((self.steps - stored + offset) * self.num_envs).long()
@@ -353,7 +353,7 @@ def unrolled_return(actor, critic, model, batch, alpha, args, horizon):
     """J_h [B] of the docstring at the top, from the first states of a batch of segments.
 
     With dr, zeta and xi are what makes a_t and s_{t+1} those of the segment; r and d get its values
-    and the model's derivatives. Behind the end of an episode nothing is real, and zeta is drawn.
+    and the model's derivatives. After the episode or the newest row, zeta is drawn and xi is 0.
     """
     replays = args.estimator == "dr" and horizon > 0
     x, discount, objective = batch.x[0], 1.0, 0.0
@@ -380,7 +380,7 @@ def unrolled_return(actor, critic, model, batch, alpha, args, horizon):
 
 
 def gradient_variance(objective, parameters):
-    """Total variance of the gradients of `objective` [N], and that over |mean|^2: below about N."""
+    """Total variance of the gradients of `objective` [N]; then over |mean|^2, about N at most."""
     parameters, gradients = list(parameters), []
     for value in objective:
         gradient = torch.autograd.grad(value, parameters, retain_graph=True)
@@ -418,16 +418,15 @@ class RPPGM(nn.Module):
         self.model_losses, self.critic_loss = compiled(model_losses), compiled(segment_critic_loss)
         self.unrolled_return = compiled(unrolled_return)
         self.act, self.observe = self.actor.act, self.actor.norm.add
-        self.warm_up = partial(self.learn, horizon=0)
-        rp_update = partial(self.learn, horizon=args.horizon)
-        self.update = self.warm_up if args.estimator == "model-free" else rp_update
+        horizon = 0 if args.estimator == "model-free" else args.horizon
+        self.warm_up, self.update = (partial(self.learn, horizon=h) for h in (0, horizon))
         if args.cudagraphs:
             self.act, self.observe = Graphed(self.act), Graphed(self.observe)
             self.warm_up, self.update = Graphed(self.warm_up), Graphed(self.update)
         self.row_sizes = obs_dim, action_dim
 
     def learn(self, buffer, horizon):
-        """One gradient step of everything; returns what to log, as tensors on the device."""
+        """`model_updates` steps of the model, one of the rest; returns what to log, as tensors."""
         actor, critic, model, args = self.actor, self.critic, self.model, self.args
         alpha, losses = self.log_alpha.detach().exp(), {}
 
@@ -660,7 +659,9 @@ def train(args):
             writer.add_scalar("charts/SPS", global_step / seconds, global_step)
         for measure, every in measures.items():
             if metrics and every and global_step // every > last_step // every:
-                for name, value in measure(buffer).items():
+                with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    values = measure(buffer)  # with its own random numbers
+                for name, value in values.items():
                     writer.add_scalar(name, value, global_step)
                 start_time = time.time() - seconds
         frequencies = args.checkpoint_frequency, evaluates and args.eval_frequency

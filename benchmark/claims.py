@@ -365,7 +365,8 @@ CLAIMS = {
     "rp_pgm": Claim(
         "Does the gradient through a model learn faster, and does it need spectral normalisation?",
         {
-            "h = 0, SAC": "rp_pgm.py --estimator model-free",
+            "h = 0, SAC": "rp_pgm.py --estimator model-free --spectral-norm none",
+            "h = 0, normalised": "rp_pgm.py --estimator model-free",
             "h = 2, normalised": "rp_pgm.py --horizon 2",
             "h = 2": "rp_pgm.py --horizon 2 --spectral-norm none",
             "h = 8, normalised": "rp_pgm.py --horizon 8",

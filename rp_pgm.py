@@ -660,7 +660,7 @@ def train(args):
         for measure, every in measures.items():
             if metrics and every and global_step // every > last_step // every:
                 with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                    values = measure(buffer)  # with its own random numbers
+                    values = measure(buffer)  # training draws as if nothing were measured
                 for name, value in values.items():
                     writer.add_scalar(name, value, global_step)
                 start_time = time.time() - seconds

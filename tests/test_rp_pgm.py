@@ -504,6 +504,22 @@ def test_replayed_graphs_are_the_updates(estimator):
     torch.testing.assert_close(*states)
 
 
+def test_a_run_is_the_same_whether_it_measures_or_not(tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    command = "rp_pgm.py --env-id CueRecall-v0 --total-timesteps 40 --learning-starts 20 --width 8"
+    command += " --warmup-steps 0 --batch-size 8 --eval-frequency 0"
+    agents = []
+    for every in "0", "10":
+        options = ["--grad-var-every", every, "--lipschitz-every", every, "--exp-name", every]
+        monkeypatch.setattr("sys.argv", command.split() + options)
+        rp_pgm.train(rp_pgm.parse_args())
+        (checkpoint,) = tmp_path.glob(f"runs/*__{every}__1__*/checkpoint.pt")
+        agents.append(torch.load(checkpoint)["agent"])
+    assert all(torch.equal(value, agents[1][name]) for name, value in agents[0].items())
+
+
 def test_a_run_is_stopped_goes_on_and_its_policy_is_exported(tmp_path, monkeypatch, capsys):
     torch.set_default_dtype(torch.float32)
     monkeypatch.chdir(tmp_path)

@@ -3,17 +3,17 @@
 Al-Hafez, Zhao, Peters, Tateo, "Time-Efficient Reinforcement Learning with Stochastic Stateful
 Policies", ICLR 2024, arXiv 2311.04082. The policy sees o. Its internal state is deterministic,
 h_k = GRU(o_k, a_{k-1}, h_{k-1}), and V has one of its own. Both are computed along sequences of at
-most L rows of the rollout, from the z stored while acting. It is the baseline of that paper:
+most L rows of the rollout, from the h stored while acting. It is the baseline of that paper:
 
     delta_t = r_t + gamma (1 - d_t) V(o_{t+1}, h_{t+1}) - V(o_t, h_t)
     A_t     = delta_t + gamma lambda A_{t+1}, up to the end of the episode or of the rollout
     rho     = pi(a | o, h) / pi_old(a | o, h)
     policy  L(pi) = -E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]
-    value   L(V)  = E[(V(o, h) - (A + V_old))^2] / 2; --clip-vloss clips it, too
+    value   L(V)  = E[(V(o, h) - (A + V_old))^2] / 2
 
-Sequences begin where the rollout or an episode does, and after every L rows; gradients go back
-through the h of all their rows before. With --privileged-critic V and its internal state see the
-state s in place of o. Compare s2pg_ppo.py by diff.
+Sequences begin where the rollout or an episode does, and after every L rows. Gradients go back to
+their first row and no further. With --privileged-critic V and its internal state see the state s in
+place of o. Compare s2pg_ppo.py by diff.
 
     python bptt_ppo.py --env-id InvertedPendulum-v4 --total-timesteps 100000
     python bptt_ppo.py --env-id Humanoid-v4 --sequence-length 16 --num-envs 8 --seed 1
@@ -56,12 +56,10 @@ class Args:
     gamma: float = 0.99  # discount, in [0, 1)
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimates, in [0, 1]
     norm_adv: bool = True  # normalise the advantages of a rollout
-    clip_coef: float = 0.2  # eps, how far rho may leave 1, and V with --clip-vloss
-    clip_vloss: bool = False  # no gradient of V beyond eps stds of the returns
+    clip_coef: float = 0.2  # eps, how far rho may leave 1
     ent_coef: float = 0.0  # weight of the entropy of a
     vf_coef: float = 0.5  # weight of the loss of V
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
-    target_kl: float = math.inf  # no further epoch where the policy has diverged by more
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # [networks] recurrent layer
     state_dim: int = 32  # size of the layer; an LSTM's z = (h, c) is twice as large
@@ -87,7 +85,7 @@ class Args:
             seed=(0, inf), num_envs=(1, inf), num_steps=(2, inf), num_minibatches=(1, rows),
             update_epochs=(1, inf), learning_rate=(0, inf), gamma=(0, 1 - 1e-9), gae_lambda=(0, 1),
             clip_coef=(1e-9, inf), ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf),
-            target_kl=(0, inf), state_dim=(1, inf), std=(1e-9, inf), sequence_length=(1, inf),
+            state_dim=(1, inf), std=(1e-9, 99), sequence_length=(1, inf),
             num_threads=(1, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(0, inf),
         ).items():  # fmt: skip
@@ -111,8 +109,8 @@ TUNED = {  # defaults that differ by task; options on the command line override 
 class RecurrentNetwork(nn.Module):
     """Outputs of o_k (or s_k) and of the internal state h_k, which depends on a_{k-1}, too.
 
-    Shapes: o [B, O], normalised; a_prev [B, A]; h [B, H]; z, z' [B, Z]. The z of a step is the h
-    before it, and (h, c) for an LSTM.
+    Shapes: o [T, B, O], normalised; a_prev [T, B, A]; h [T, B, H]; z, z' [B, Z]. z is the h before
+    the first of T rows, z' that of the last; for an LSTM they are (h, c).
     """
 
     def __init__(self, obs_dim, action_dim, outputs, args):
@@ -241,7 +239,7 @@ class Batch(NamedTuple):
     old_value: torch.Tensor  # [...], normalised like the returns
     advantage: torch.Tensor  # [...]
     returns: torch.Tensor  # [...], normalised
-    weight: torch.Tensor  # [...], 1 or 0, for a row that is no transition
+    weight: torch.Tensor  # [...], 1, or 0 for a row that is no transition
 
 
 @torch.no_grad()
@@ -296,9 +294,6 @@ def ppo_loss(log_prob, value, log_std, batch, args):
     # -min(rho A, clip(rho, 1 - eps, 1 + eps) A), Schulman et al. 2017, eq. 7
     policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage)
     value_loss = 0.5 * (value - batch.returns).square()
-    if args.clip_vloss:  # of V, or of V clipped near its old value, the worse
-        near = batch.old_value + (value - batch.old_value).clamp(-eps, eps)
-        value_loss = torch.max(value_loss, 0.5 * (near - batch.returns).square())
     kl, clipped = ratio - 1 - log_ratio, (ratio - 1).abs() > eps
     losses = [(weight * x).sum() for x in (policy_loss, value_loss, -log_ratio, kl, clipped)]
     entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
@@ -307,7 +302,7 @@ def ppo_loss(log_prob, value, log_std, batch, args):
 
 
 def cut(first, length):
-    """Cut the rows `first` [T + 1, N] of a rollout into sequences of at most `length` transitions.
+    """Cut a rollout with `first` [T + 1, N] into sequences of at most `length` transitions.
 
     They begin where the rollout or an episode does, and after every `length` rows. Returns times
     [L, B] and environments [B] of their rows, and a mask [L, B] of those that belong to them.
@@ -315,7 +310,7 @@ def cut(first, length):
     transition, row = ~first[1:], torch.arange(len(first) - 1, device=first.device).unsqueeze(-1)
     age = row - (row * first[:-1]).cummax(0).values  # rows since the episode or the rollout began
     start, env = ((age % length == 0) & transition).nonzero().unbind(-1)
-    after = row[: min(length, int(age.max()) + 1)]
+    after = row[: min(length, int(age[transition].max()) + 1)]
     t = (start + after).clamp(max=len(row) - 1)
     return t, env, transition[t, env] & (age[t, env] - age[start, env] == after)
 
@@ -355,7 +350,7 @@ class BPTTPPO(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, critic_obs, z, a_prev):
-        """A sample of a [N, A], z' [N, Z], the density of a [N], and the value [N]."""
+        """A sample of a [N, A], z' [N, Z], the log-density of the sample [N], and the value [N]."""
         z_actor, z_critic = z.split([self.actor.z_dim, self.critic.z_dim], -1)
         mean, z_actor = self.actor.step(obs, z_actor, a_prev)
         sample = mean + self.actor.log_std.exp() * torch.randn_like(mean)
@@ -380,8 +375,6 @@ class BPTTPPO(nn.Module):
                     learn = self.graphs.setdefault(shape, Graphed(self.learn))
                 total = total + learn(*(column[:, index] for column in batch))
             losses = dict(zip(LOSSES, total / minibatches))
-            if losses["approx_kl"] > args.target_kl:
-                break
 
         # the next rollout acts with new statistics, so that within one the policy is one policy
         self.actor.normalizer.update(rollout.obs[:-1], rows.weight)
@@ -494,7 +487,7 @@ def train(args):
     agent = Agent(args, env, device)
     rollout = Rollout(args.num_steps, args.num_envs, agent.row_sizes, device)
     global_step, seconds = load_run(run_dir, agent) if args.resume else (0, 0.0)
-    first_update = global_step + args.num_steps * args.num_envs
+    first_update = global_step + 1 if args.resume else args.num_steps * args.num_envs
     if args.total_timesteps < first_update:
         sys.exit(f"no update before step {first_update}: raise --total-timesteps")
     if args.track:
@@ -546,7 +539,8 @@ def train(args):
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
         keep = to_device(~final, device).unsqueeze(-1)  # z and a_prev begin anew, too
         z, a_prev = z_next * keep, action * keep
-        first, final = final, terminated | truncated
+        first = final
+        final = terminated | truncated
 
         finished = global_step >= args.total_timesteps
         leaving = finished or bool(stopped_by)
@@ -555,7 +549,8 @@ def train(args):
             rollout.finish(value, first)
             lr = args.learning_rate * (1 - args.anneal_lr * update_step / args.total_timesteps)
             agent.optimizer.param_groups[0]["lr"].fill_(lr)
-            metrics, update_step = agent.update(rollout) | {"charts/learning_rate": lr}, global_step
+            metrics = agent.update(rollout) | {"charts/learning_rate": lr}
+            update_step = global_step
             for name, value in metrics.items():
                 writer.add_scalar(name, value, global_step)
             writer.add_scalar("charts/SPS", global_step / (time.time() - start_time), global_step)

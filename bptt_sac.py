@@ -41,13 +41,13 @@ class Args:
     env_id: str = "InvertedPendulum-v4"  # [task] id or module:Id-v0; sets defaults
     env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the environment: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
-    privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, z)
+    privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, h)
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
 
     buffer_size: int = 1_000_000  # [algorithm] rows of the replay buffer, over all environments
     learning_starts: int = 5_000  # random steps, before the first update
-    batch_size: int = 256  # rows in an update
+    batch_size: int = 256  # rows with a loss in an update
     gamma: float = 0.99  # discount, in [0, 1)
     tau: float = 0.005  # share of the critic that goes into its target, in (0, 1]
     actor_lr: float = 3e-4  # learning rate of the actor
@@ -112,7 +112,8 @@ class RecurrentActor(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.rnn, self.action_dim, self.state_dim = args.rnn, action_dim, args.state_dim
+        self.rnn, self.action_dim = args.rnn, action_dim
+        self.state_dim = args.state_dim
         self.z_dim = 2 * self.state_dim if args.rnn == "lstm" else self.state_dim
         self.policy_obs = nn.Linear(obs_dim, 256)
         self.kernel_obs = nn.Linear(obs_dim, 128)
@@ -254,7 +255,7 @@ class SequenceBuffer:
         self.steps += 1
 
     def sample(self, batch_size, length, last):
-        """Sequences around rows that are drawn uniformly with replacement."""
+        """Sequences around uniformly drawn rows; about `batch_size` of their rows have a loss."""
         batch_size = batch_size if last else max(1, batch_size // length)
         # neither the newest rows, which lack a successor, nor the oldest, which lack a predecessor
         stored = self.steps.clamp(max=self.slots)
@@ -322,9 +323,8 @@ class BPTTSAC(nn.Module):
         privileged = getattr(env, "critic_sees_more", obs_dim != critic_dim)
         self.actor = RecurrentActor(obs_dim, action_dim, args)
         self.z_dim = self.actor.z_dim
-        # a critic that is told no more than the policy gets z, in case that o is not Markov
         self.critic_sees_h = not privileged
-        critic_state = critic_dim if privileged else obs_dim + args.state_dim
+        critic_state = critic_dim if privileged else obs_dim + args.state_dim  # s, or (o, h)
         inputs = critic_state + action_dim + action_dim  # s, a, a_prev
         self.critic, self.target_critic = TwinCritic(inputs), TwinCritic(inputs)
         self.target_critic.requires_grad_(False).load_state_dict(self.critic.state_dict())
@@ -541,7 +541,8 @@ def train(args):
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
         keep = to_device(~final, device).unsqueeze(-1)  # z and a_prev begin anew, too
         z, a_prev = z_next * keep, action * keep
-        first, final = final, terminated | truncated
+        first = final
+        final = terminated | truncated
         updates_due = global_step - last_step if global_step >= first_update else 0
 
         finished = global_step >= args.total_timesteps

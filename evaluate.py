@@ -42,7 +42,7 @@ from envs.wrappers import Split, UnitActions, layer
 @dataclass
 class Options:
     run: tyro.conf.Positional[Path]  # folder of a run
-    episodes: int = 20  # noise-free, and as many stochastic
+    episodes: int = 20  # noise-free, and as many stochastic; printed: mean +- standard deviation
     seed: int = 1  # of the environments and of the noise
     best: bool = False  # the weights with the highest stochastic return so far, not the last ones
     stochastic: bool = False  # film and save the stochastic episodes, not the noise-free ones
@@ -53,8 +53,8 @@ class Options:
     def __post_init__(self):
         if self.episodes < 1 or self.seed < 0:
             sys.exit("--episodes must be at least 1, and --seed at least 0")
-        if self.export and (self.save_demonstrations or self.capture_video):
-            sys.exit("--export plays nothing: no --save-demonstrations or --capture-video with it")
+        if self.export and (self.save_demonstrations or self.capture_video or self.stochastic):
+            sys.exit("--export plays nothing and writes no noise: only --best goes with it")
         for path, suffix in (self.save_demonstrations, ".npz"), (self.export, ".pt2"):
             if path and not (path.suffix == suffix and path.parent.is_dir()):
                 sys.exit(f"{path} must be a FILE{suffix}, in a folder that there is")

@@ -428,8 +428,7 @@ class FlowSAC(nn.Module):
         privileged = getattr(env, "critic_sees_more", obs_dim != critic_dim)
         self.actor = FlowActor(obs_dim, action_dim, args)
         self.z_dim = self.actor.z_dim
-        # a critic that is told no more than the policy gets z, in case that o is not Markov
-        critic_state = critic_dim if privileged else obs_dim + self.z_dim
+        critic_state = critic_dim if privileged else obs_dim + self.z_dim  # s, or (o, z)
         inputs = critic_state + action_dim + self.z_dim + action_dim  # s, a, z', a_prev
         width, norm = (256, nn.Identity) if args.critic == "target" else (1024, BatchRenorm)
         self.critic, self.target_critic = SoftCritic(inputs, width, norm).eval(), None
@@ -650,7 +649,8 @@ def train(args):
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
         keep = to_device(~final, device).unsqueeze(-1)  # z and a_prev begin anew, too
         z, a_prev = z_next * keep, action * keep
-        first, final = final, terminated | truncated
+        first = final
+        final = terminated | truncated
         updates_due += global_step - last_step if global_step >= first_update else 0
 
         finished = global_step >= args.total_timesteps

@@ -647,7 +647,8 @@ def train(args):
             for name, key in ("return", "r"), ("length", "l"):
                 writer.add_scalar(f"charts/episodic_{name}", info["episode"][key][i], env_step[i])
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
-        first, final = final, terminated | truncated
+        first = final
+        final = terminated | truncated
         updates_due = global_step - last_step if global_step >= first_update else 0
 
         finished = global_step >= args.total_timesteps
@@ -660,9 +661,8 @@ def train(args):
         for measure, every in measures.items():
             if metrics and every and global_step // every > last_step // every:
                 with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                    values = measure(buffer)  # training draws as if nothing were measured
-                for name, value in values.items():
-                    writer.add_scalar(name, value, global_step)
+                    for name, value in measure(buffer).items():  # training's draws stay as they are
+                        writer.add_scalar(name, value, global_step)
                 start_time = time.time() - seconds
         frequencies = args.checkpoint_frequency, evaluates and args.eval_frequency
         save, score = (n and (finished or global_step // n > last_step // n) for n in frequencies)

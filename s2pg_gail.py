@@ -5,14 +5,14 @@ discriminator D learns to tell the expert's (s, a) from the policy's, and the po
 reward. The policy sees o and has an internal state z, which D never sees:
 
     discriminator  L(D) = E_expert[-log D] + E_policy[-log(1 - D)] - c H(D), over (s, a)
-    reward         r    = -log(1 - D + 1e-8), or with --reward airl log D - log(1 - D)
+    reward         r    = -log(1 - D + 1e-8)
     termination    r   += gamma r_abs / (1 - gamma), r_abs the reward in the absorbing state
     policy, value  as in s2pg_ppo.py: PPO's with rho the ratio of (a, z') jointly
 
--log(1 - D) is never negative, so ending an episode would be a loss whatever the expert does. So the
-end of an episode is a state as well, which is never left, and D judges it, too, as one of the steps
-for which it stands, 1 / (1 - gamma) (Kostrikov et al., "Discriminator-Actor-Critic", 2019). The
-task's reward is logged, and never learned from. Compare s2pg_ppo.py by diff.
+-log(1 - D) is never negative, so ending an episode would be a loss whatever the expert does. So an
+end is followed by an absorbing state, which is never left and which D judges, too. As it stands for
+1 / (1 - gamma) steps, it has their weight in L(D) (Kostrikov et al., "Discriminator-Actor-Critic",
+2019). The task's reward is logged, and never learned from. Compare s2pg_ppo.py by diff.
 
     python s2pg_gail.py --env-id InvertedPendulum-v4 --total-timesteps 100000
     python s2pg_gail.py --env-id Hopper-v4 --demonstrations expert.npz --bc-steps 2000
@@ -48,11 +48,10 @@ class Args:
 
     demonstrations: str | None = None  # [algorithm] FILE.npz, minari:NAME, or shipped:stochastic
     demonstration_episodes: int | None = None  # how many to imitate, from the first; None: all
-    bc_steps: int = 0  # of behaviour cloning before everything else
-    reward: Literal["gail", "airl"] = "gail"  # -log(1 - D + 1e-8), or log D - log(1 - D)
+    bc_steps: int = 0  # gradient steps of behaviour cloning, before everything else
     absorbing: bool = True  # a terminated episode goes on in an absorbing state
     discriminator_lr: float = 3e-4  # learning rate of the discriminator
-    discriminator_steps: int = 3  # its gradient steps after each rollout (published: 1 in 3)
+    discriminator_steps: int = 3  # its gradient steps a rollout (published: 1 every 3rd rollout)
     discriminator_entropy: float = 1e-3  # weight c of its entropy
 
     num_steps: int = 2048  # rows of a rollout in each environment
@@ -63,12 +62,10 @@ class Args:
     gamma: float = 0.99  # discount, in [0, 1)
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimates, in [0, 1]
     norm_adv: bool = True  # normalise the advantages of a rollout
-    clip_coef: float = 0.2  # eps, how far rho may leave 1, and V with --clip-vloss
-    clip_vloss: bool = False  # no gradient of V beyond eps stds of the returns
+    clip_coef: float = 0.2  # eps, how far rho may leave 1
     ent_coef: float = 0.0  # weight of the entropy of (a, z')
     vf_coef: float = 0.5  # weight of the loss of V
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
-    target_kl: float = math.inf  # no further epoch where the policy has diverged by more
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # [networks] recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
@@ -96,7 +93,7 @@ class Args:
             seed=(0, inf), num_envs=(1, inf), num_steps=(2, inf), num_minibatches=(1, rows),
             update_epochs=(1, inf), learning_rate=(0, inf), gamma=(0, 1 - 1e-9), gae_lambda=(0, 1),
             clip_coef=(1e-9, inf), ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf),
-            target_kl=(0, inf), state_dim=(1, inf), std=(1e-9, inf), std_z=(1e-9, inf),
+            state_dim=(1, inf), std=(1e-9, 99), std_z=(1e-9, 99),
             bc_steps=(0, inf), discriminator_lr=(0, inf), discriminator_steps=(1, inf),
             discriminator_entropy=(0, inf), num_threads=(1, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(0, inf),
@@ -105,8 +102,7 @@ class Args:
                 sys.exit(f"--{name.replace('_', '-')} must be in [{low}, {high}]")
 
 
-# Defaults that differ by task; options on the command line come before these.
-TUNED = {
+TUNED = {  # defaults that differ by task; options on the command line override these
     name: dict(hide="velocities", learning_rate=3e-4 if "Pendulum" in name else 1e-4)
     for name in (
         "Ant", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup", "InvertedDoublePendulum",
@@ -247,7 +243,7 @@ class Rollout:
 
 
 def demonstrated(episodes, widths, device):
-    """Episodes of an expert as a rollout, side by side, without what is known of a policy alone."""
+    """Episodes of an expert, side by side, as a rollout; rows beyond their ends get weight 0."""
     longest = max(len(episode["actions"]) for episode in episodes)
     rollout = Rollout(longest, len(episodes), widths, device)
     for i, episode in enumerate(episodes):
@@ -272,7 +268,7 @@ class Batch(NamedTuple):
     old_value: torch.Tensor  # [...], normalised like the returns
     advantage: torch.Tensor  # [...]
     returns: torch.Tensor  # [...], normalised
-    weight: torch.Tensor  # [...], 1 or 0, for a row that is no transition
+    weight: torch.Tensor  # [...], 1, or 0 for a row that is no transition
 
 
 @torch.no_grad()
@@ -327,9 +323,6 @@ def ppo_loss(log_prob, value, log_std, batch, args):
     # -min(rho A, clip(rho, 1 - eps, 1 + eps) A), Schulman et al. 2017, eq. 7
     policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage)
     value_loss = 0.5 * (value - batch.returns).square()
-    if args.clip_vloss:  # of V, or of V clipped near its old value, the worse
-        near = batch.old_value + (value - batch.old_value).clamp(-eps, eps)
-        value_loss = torch.max(value_loss, 0.5 * (near - batch.returns).square())
     kl, clipped = ratio - 1 - log_ratio, (ratio - 1).abs() > eps
     losses = [(weight * x).sum() for x in (policy_loss, value_loss, -log_ratio, kl, clipped)]
     entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
@@ -388,7 +381,7 @@ class S2PGGAIL(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, critic_obs, z, a_prev):
-        """A sample of (a, z') [N, A + Z], z' [N, Z], the density of both [N], and the value [N]."""
+        """A sample of (a, z') [N, A + Z], z' [N, Z], the sample's log-density and the value [N]."""
         mean = self.actor(self.actor.normalizer(obs), z, a_prev)
         sample = mean + self.actor.log_std.exp() * torch.randn_like(mean)
         log_prob = gaussian_log_prob(sample, mean, self.actor.log_std)
@@ -425,7 +418,7 @@ class S2PGGAIL(nn.Module):
         return rows, torch.cat([weight.flatten(), ended.view(1) / (1 - self.args.gamma)])
 
     def judge(self, rollout, expert):
-        """Train the discriminator, and set the rewards of the rollout to its own; what to log."""
+        """Train D, and put its rewards in place of those of the rollout; returns what to log."""
         args = self.args
         for seen in (rollout, expert):  # both count alike
             weight = 1 - seen.first[1:]
@@ -437,8 +430,7 @@ class S2PGGAIL(nn.Module):
             descend(self.d_optimizer, loss)
         with torch.no_grad():
             logit, expert_logit = (self.discriminator(x).squeeze(-1) for x in (rows, drawn))
-            # -log(1 - D + 1e-8), or log D - log(1 - D)
-            reward = -(torch.sigmoid(-logit) + 1e-8).log() if args.reward == "gail" else logit
+            reward = -(torch.sigmoid(-logit) + 1e-8).log()  # -log(1 - D + 1e-8)
             # that of the absorbing state, for ever, from the step after the last
             forever = args.absorbing * reward[-1] * args.gamma / (1 - args.gamma)
             rollout.reward[:-1] = reward[:-1].view_as(rollout.reward[:-1])
@@ -463,8 +455,6 @@ class S2PGGAIL(nn.Module):
             for index in order[: minibatches * size].view(minibatches, size):
                 total = total + self.learn(*(column[index] for column in batch))
             losses = dict(zip(LOSSES, total / minibatches))
-            if losses["approx_kl"] > args.target_kl:
-                break
         self.actor.normalizer.update(rollout.obs[:-1], rows.weight)
         self.critic.normalizer.update(rollout.state[:-1], rows.weight)
         _, unexplained = moments(rows.returns - rows.old_value, rows.weight)
@@ -586,7 +576,7 @@ def train(args):
     episodes = envs.demonstrations.load(args.demonstrations, env, args.demonstration_episodes)
     expert = demonstrated(episodes, agent.row_sizes, device)
     global_step, seconds = load_run(run_dir, agent) if args.resume else (0, 0.0)
-    first_update = global_step + args.num_steps * args.num_envs
+    first_update = global_step + 1 if args.resume else args.num_steps * args.num_envs
     if args.total_timesteps < first_update:
         sys.exit(f"no update before step {first_update}: raise --total-timesteps")
     if args.track:
@@ -648,7 +638,8 @@ def train(args):
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
         keep = to_device(~final, device).unsqueeze(-1)  # z and a_prev begin anew, too
         z, a_prev = z_next * keep, action * keep
-        first, final = final, terminated | truncated
+        first = final
+        final = terminated | truncated
 
         finished = global_step >= args.total_timesteps
         leaving = finished or bool(stopped_by)

@@ -1,14 +1,14 @@
 """S2PG-LSIQ: least-squares inverse Q-learning with a stochastic stateful policy.
 
 Al-Hafez, Tateo, Arenz, Zhao, Peters, "LS-IQ: Implicit Reward Regularization for Inverse
-Reinforcement Learning", ICLR 2023, with the policy of S2PG-SAC. Two critics Q(s, a, z') are driven
-to r_max = 1/c a step where the expert is, and to r_min = -1/c where the policy is. The internal
-state along the demonstrations is the policy's, refreshed like that of the replay buffer.
+Reinforcement Learning", ICLR 2023, with the policy of S2PG-SAC. Q(s, a, z') implies a reward Q - y,
+which is driven to r_max = 1/c where the expert is, and to r_min = -1/c where the policy is. The
+internal state along the demonstrations is the policy's, refreshed like that of the replay buffer.
 
     bootstrap  y = gamma (1 - d) clip(V', Q_min, Q_max), with Q_max = 1/(c (1 - gamma)) = -Q_min
                V' = min_i Q'_i(s', a'', z'') - alpha log pi_a(a'' | o', z', a)
     sqil_like  L(Q) = E_expert[(Q - Q_max)^2] + E_policy[(Q - (r_min + y))^2]
-    iq_like    L(Q) = E_policy[Q - y] - E_expert[Q - y] + c E[(Q - y)^2], the last over both
+    iq_like    L(Q) = E_policy[Q - y] - E_expert[Q - y] + c E[(Q - y)^2], the last over both halves
     actor      as in s2pg_sac.py, on states of the policy and of the expert
 
 A terminated episode stays in an absorbing state for ever: there sqil_like has r_min / (1 - gamma),
@@ -51,7 +51,6 @@ class Args:
     loss: Literal["sqil_like", "iq_like"] = "sqil_like"  # of the critic, see above
     expert_target: Literal["fix", "bootstrap"] = "fix"  # of sqil_like: Q_max, or r_max + y
     regularizer: float = 0.5  # c; rewards are within +-1/c, Q within +-1/(c (1 - gamma))
-    clip_target: bool = True  # clip the bootstrapped value to what rewards allow
     absorbing: bool = True  # a terminated episode goes on in an absorbing state
 
     buffer_size: int = 1_000_000  # rows of the replay buffer, over all environments
@@ -102,8 +101,7 @@ class Args:
                 sys.exit(f"--{name.replace('_', '-')} must be in [{low}, {high}]")
 
 
-# Defaults that differ by task; options on the command line come before these.
-TUNED = {
+TUNED = {  # defaults that differ by task; options on the command line override these
     "Ant": dict(hide="velocities"),
     "CueRecall": dict(learning_starts=1_000),
     "HalfCheetah": dict(hide="velocities", demonstrations="shipped:stochastic"),
@@ -327,9 +325,7 @@ def lsiq_critic_loss(actor, critic, target_critic, batch, alpha, args):
     with torch.no_grad():
         a, z, log_pi_a, _ = actor.sample(batch.next_obs, batch.next_z, batch.action)
         next_q = target_critic(batch.next_state, a, z, batch.action).amin(0)
-        next_v = next_q - alpha * log_pi_a
-        if args.clip_target:
-            next_v = next_v.clamp(-q_max, q_max)
+        next_v = (next_q - alpha * log_pi_a).clamp(-q_max, q_max)
         y = args.gamma * (1 - batch.terminated) * next_v
     q = critic(batch.state, batch.action, batch.next_z, batch.a_prev)
     expert = torch.arange(len(y), device=y.device) >= len(y) // 2
@@ -370,8 +366,7 @@ class S2PGLSIQ(nn.Module):
         privileged = getattr(env, "critic_sees_more", obs_dim != critic_dim)
         self.actor = StochasticStatefulActor(obs_dim, action_dim, args)
         self.z_dim = self.actor.z_dim
-        # a critic that is told no more than the policy gets z, in case that o is not Markov
-        critic_state = critic_dim if privileged else obs_dim + self.z_dim
+        critic_state = critic_dim if privileged else obs_dim + self.z_dim  # s, or (o, z)
         inputs = critic_state + action_dim + self.z_dim  # s, a, z'
         self.critic, self.target_critic = ImitationCritic(inputs), ImitationCritic(inputs)
         self.target_critic.requires_grad_(False).load_state_dict(self.critic.state_dict())
@@ -395,25 +390,17 @@ class S2PGLSIQ(nn.Module):
             self.act, self.update = Graphed(self.act), Graphed(self.update)
         self.row_sizes = obs_dim, critic_dim if privileged else 0, self.z_dim, action_dim
 
-    def make_expert_buffer(self, episodes):
-        """The demonstrations as rows, with the internal states that the policy has along them.
-
-        `episodes` are those of `envs.demonstrations.load`.
-        """
-        rows = sum(len(episode["observations"]) for episode in episodes)
-        buffer = TransitionBuffer(rows + 1, 1, *self.row_sizes, self.device)
+    def make_expert_buffer(self, rows):
+        """`rows` of envs.demonstrations, with the internal states of the policy along them."""
+        buffer = TransitionBuffer(len(rows) + 1, 1, *self.row_sizes, self.device)
         buffer.steps += 1  # of the oldest row, which is never drawn
-        for episode in episodes:
-            names = "observations", "critic_observations", "actions"
-            all_obs, all_state, actions = (to_device(episode[n], self.device) for n in names)
-            actions = torch.cat([actions, torch.zeros_like(actions[:1])])  # of the final row
-            z, a_prev = actions.new_zeros(1, self.z_dim), torch.zeros_like(actions[:1])
-            terminated = [*episode["terminations"], False]
-            for t, (obs, state, action) in enumerate(zip(all_obs, all_state, actions)):
-                obs, state, action = obs.unsqueeze(0), state.unsqueeze(0), action.unsqueeze(0)
-                buffer.add(obs, state, z, action, [0.0], [terminated[t]], [t == 0])
-                _, z = self.actor.act(obs, z, a_prev)
-                a_prev = action
+        for *given, reward, terminated, first in rows:
+            obs, state, action = (to_device(column, self.device) for column in given)
+            if first:
+                z, a_prev = obs.new_zeros(1, self.z_dim), torch.zeros_like(action)
+            buffer.add(obs, state, z, action, 0 * reward, terminated, first)
+            _, z = self.actor.act(obs, z, a_prev)
+            a_prev = action
         return buffer
 
     def update(self, buffer, expert):
@@ -558,7 +545,7 @@ def train(args):
     buffer = TransitionBuffer(args.buffer_size, args.num_envs, *agent.row_sizes, device)
     global_step, seconds = load_checkpoint(run_dir, agent, buffer) if args.resume else (0, 0.0)
     episodes = envs.demonstrations.load(args.demonstrations, env, args.demonstration_episodes)
-    expert = agent.make_expert_buffer(episodes)
+    expert = agent.make_expert_buffer(list(envs.demonstrations.rows(episodes)))
     # a resumed run whose buffer was not saved fills a new one
     first_update = global_step + max(0, args.learning_starts - int(buffer.steps) * args.num_envs)
     if args.total_timesteps <= first_update:
@@ -603,8 +590,7 @@ def train(args):
         except Exception:  # of the environment: what is learned outlives it
             save_checkpoint(run_dir, agent, buffer, global_step=global_step, seconds=seconds)
             raise
-        no_reward = np.zeros(args.num_envs)
-        buffer.add(policy_obs, critic_obs, z, action, no_reward, terminated, first)
+        buffer.add(policy_obs, critic_obs, z, action, np.zeros(args.num_envs), terminated, first)
 
         # a final row is no step: the environment ignores its action and begins anew
         last_step, env_step = global_step, global_step + np.cumsum(~final)
@@ -616,7 +602,8 @@ def train(args):
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
         keep = to_device(~final, device).unsqueeze(-1)  # z and a_prev begin anew, too
         z, a_prev = z_next * keep, action * keep
-        first, final = final, terminated | truncated
+        first = final
+        final = terminated | truncated
         updates_due = global_step - last_step if global_step >= first_update else 0
 
         finished = global_step >= args.total_timesteps

@@ -9,7 +9,7 @@ is differentiated through time, and a minibatch is single transitions in any ord
     A_t     = delta_t + gamma lambda A_{t+1}, up to the end of the episode or of the rollout
     rho     = pi(a, z' | o, z, a_prev) / pi_old(a, z' | o, z, a_prev)
     policy  L(pi) = -E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]
-    value   L(V)  = E[(V(o, z, a_prev) - (A + V_old))^2] / 2; --clip-vloss clips it, too
+    value   L(V)  = E[(V(o, z, a_prev) - (A + V_old))^2] / 2
 
 With --privileged-critic V sees the state s in place of o. Compare bptt_ppo.py by diff. Unlike
 CleanRL's PPO: ReLU and PyTorch's initialisation, advantages normalised over the rollout, Pop-Art in
@@ -55,12 +55,10 @@ class Args:
     gamma: float = 0.99  # discount, in [0, 1)
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimates, in [0, 1]
     norm_adv: bool = True  # normalise the advantages of a rollout
-    clip_coef: float = 0.2  # eps, how far rho may leave 1, and V with --clip-vloss
-    clip_vloss: bool = False  # no gradient of V beyond eps stds of the returns
+    clip_coef: float = 0.2  # eps, how far rho may leave 1
     ent_coef: float = 0.0  # weight of the entropy of (a, z')
     vf_coef: float = 0.5  # weight of the loss of V
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
-    target_kl: float = math.inf  # no further epoch where the policy has diverged by more
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # [networks] recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
@@ -88,7 +86,7 @@ class Args:
             seed=(0, inf), num_envs=(1, inf), num_steps=(2, inf), num_minibatches=(1, rows),
             update_epochs=(1, inf), learning_rate=(0, inf), gamma=(0, 1 - 1e-9), gae_lambda=(0, 1),
             clip_coef=(1e-9, inf), ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf),
-            target_kl=(0, inf), state_dim=(1, inf), std=(1e-9, inf), std_z=(1e-9, inf),
+            state_dim=(1, inf), std=(1e-9, 99), std_z=(1e-9, 99),
             num_threads=(1, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(0, inf),
         ).items():  # fmt: skip
@@ -252,7 +250,7 @@ class Batch(NamedTuple):
     old_value: torch.Tensor  # [...], normalised like the returns
     advantage: torch.Tensor  # [...]
     returns: torch.Tensor  # [...], normalised
-    weight: torch.Tensor  # [...], 1 or 0, for a row that is no transition
+    weight: torch.Tensor  # [...], 1, or 0 for a row that is no transition
 
 
 @torch.no_grad()
@@ -307,9 +305,6 @@ def ppo_loss(log_prob, value, log_std, batch, args):
     # -min(rho A, clip(rho, 1 - eps, 1 + eps) A), Schulman et al. 2017, eq. 7
     policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage)
     value_loss = 0.5 * (value - batch.returns).square()
-    if args.clip_vloss:  # of V, or of V clipped near its old value, the worse
-        near = batch.old_value + (value - batch.old_value).clamp(-eps, eps)
-        value_loss = torch.max(value_loss, 0.5 * (near - batch.returns).square())
     kl, clipped = ratio - 1 - log_ratio, (ratio - 1).abs() > eps
     losses = [(weight * x).sum() for x in (policy_loss, value_loss, -log_ratio, kl, clipped)]
     entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
@@ -350,7 +345,7 @@ class S2PGPPO(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, critic_obs, z, a_prev):
-        """A sample of (a, z') [N, A + Z], z' [N, Z], the density of both [N], and the value [N]."""
+        """A sample of (a, z') [N, A + Z], z' [N, Z], the sample's log-density and the value [N]."""
         mean = self.actor(self.actor.normalizer(obs), z, a_prev)
         sample = mean + self.actor.log_std.exp() * torch.randn_like(mean)
         log_prob = gaussian_log_prob(sample, mean, self.actor.log_std)
@@ -370,8 +365,6 @@ class S2PGPPO(nn.Module):
             for index in order[: minibatches * size].view(minibatches, size):
                 total = total + self.learn(*(column[index] for column in batch))
             losses = dict(zip(LOSSES, total / minibatches))
-            if losses["approx_kl"] > args.target_kl:
-                break
 
         # the next rollout acts with new statistics, so that within one the policy is one policy
         self.actor.normalizer.update(rollout.obs[:-1], rows.weight)
@@ -484,7 +477,7 @@ def train(args):
     agent = Agent(args, env, device)
     rollout = Rollout(args.num_steps, args.num_envs, agent.row_sizes, device)
     global_step, seconds = load_run(run_dir, agent) if args.resume else (0, 0.0)
-    first_update = global_step + args.num_steps * args.num_envs
+    first_update = global_step + 1 if args.resume else args.num_steps * args.num_envs
     if args.total_timesteps < first_update:
         sys.exit(f"no update before step {first_update}: raise --total-timesteps")
     if args.track:
@@ -536,7 +529,8 @@ def train(args):
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
         keep = to_device(~final, device).unsqueeze(-1)  # z and a_prev begin anew, too
         z, a_prev = z_next * keep, action * keep
-        first, final = final, terminated | truncated
+        first = final
+        final = terminated | truncated
 
         finished = global_step >= args.total_timesteps
         leaving = finished or bool(stopped_by)
@@ -545,7 +539,8 @@ def train(args):
             rollout.finish(value, first)
             lr = args.learning_rate * (1 - args.anneal_lr * update_step / args.total_timesteps)
             agent.optimizer.param_groups[0]["lr"].fill_(lr)
-            metrics, update_step = agent.update(rollout) | {"charts/learning_rate": lr}, global_step
+            metrics = agent.update(rollout) | {"charts/learning_rate": lr}
+            update_step = global_step
             for name, value in metrics.items():
                 writer.add_scalar(name, value, global_step)
             writer.add_scalar("charts/SPS", global_step / (time.time() - start_time), global_step)

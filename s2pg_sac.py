@@ -48,7 +48,7 @@ class Args:
 
     buffer_size: int = 1_000_000  # [algorithm] rows of the replay buffer, over all environments
     learning_starts: int = 5_000  # random steps, before the first update
-    batch_size: int = 256  # rows in an update
+    batch_size: int = 256  # rows with a loss in an update
     gamma: float = 0.99  # discount, in [0, 1)
     tau: float = 0.005  # share of the critic that goes into its target, in (0, 1]
     actor_lr: float = 3e-4  # learning rate of the actor
@@ -340,8 +340,7 @@ class S2PGSAC(nn.Module):
         privileged = getattr(env, "critic_sees_more", obs_dim != critic_dim)
         self.actor = StochasticStatefulActor(obs_dim, action_dim, args)
         self.z_dim = self.actor.z_dim
-        # a critic that is told no more than the policy gets z, in case that o is not Markov
-        critic_state = critic_dim if privileged else obs_dim + self.z_dim
+        critic_state = critic_dim if privileged else obs_dim + self.z_dim  # s, or (o, z)
         inputs = critic_state + action_dim + self.z_dim + action_dim  # s, a, z', a_prev
         self.critic, self.target_critic = TwinCritic(inputs), TwinCritic(inputs)
         self.target_critic.requires_grad_(False).load_state_dict(self.critic.state_dict())
@@ -554,7 +553,8 @@ def train(args):
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
         keep = to_device(~final, device).unsqueeze(-1)  # z and a_prev begin anew, too
         z, a_prev = z_next * keep, action * keep
-        first, final = final, terminated | truncated
+        first = final
+        final = terminated | truncated
         updates_due = global_step - last_step if global_step >= first_update else 0
 
         finished = global_step >= args.total_timesteps

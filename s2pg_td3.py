@@ -60,7 +60,7 @@ class Args:
     exploration_noise_z: float = 0.1  # that of the internal state, which is in [-1, 1], too
     policy_noise: float = 0.2  # std of the noise on the actions of the target
     noise_clip: float = 0.5  # largest noise on the actions of the target
-    policy_frequency: int = 2  # updates of the critic for each of actor, targets and stored z
+    policy_frequency: int = 2  # actor, targets and stored z wait for so many updates of the critic
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # [networks] recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
@@ -301,8 +301,7 @@ class S2PGTD3(nn.Module):
         self.actor = DeterministicStatefulActor(obs_dim, action_dim, args)
         self.target_actor = DeterministicStatefulActor(obs_dim, action_dim, args)
         self.z_dim = self.actor.z_dim
-        # a critic that is told no more than the policy gets z, in case that o is not Markov
-        critic_state = critic_dim if privileged else obs_dim + self.z_dim
+        critic_state = critic_dim if privileged else obs_dim + self.z_dim  # s, or (o, z)
         inputs = critic_state + action_dim + self.z_dim + action_dim  # s, a, z', a_prev
         self.critic, self.target_critic = TwinCritic(inputs), TwinCritic(inputs)
         self.target_actor.requires_grad_(False).load_state_dict(self.actor.state_dict())
@@ -521,7 +520,8 @@ def train(args):
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
         keep = to_device(~final, device).unsqueeze(-1)  # z and a_prev begin anew, too
         z, a_prev = z_next * keep, action * keep
-        first, final = final, terminated | truncated
+        first = final
+        final = terminated | truncated
         updates_due = global_step - last_step if global_step >= first_update else 0
 
         finished = global_step >= args.total_timesteps

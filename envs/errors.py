@@ -1,4 +1,4 @@
-"""What this project refuses itself, as against a bug in an environment, which has a traceback."""
+"""What the user got wrong, in one sentence; a bug in an environment keeps its traceback."""
 
 
 class UsageError(SystemExit, ValueError):

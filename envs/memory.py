@@ -33,8 +33,8 @@ class CueRecall(gym.Env):
     - Policy: (cue at step 0 and 0 after it, time / horizon). Critic: (cue, time / horizon).
 
     The optimal return is `horizon`. Without memory it is 1 + 0.2 (horizon - 1): any guess in
-    [-0.8, 0.8] earns 0.2 on average over the two cues. If `delayed`, both have horizon - 1 more,
-    and without memory there is no first guess that can be right, so that it is 1.2 horizon - 1.
+    [-0.8, 0.8] earns 0.2 on average over the two cues. If `delayed`, the optimal return is
+    2 horizon - 1, and 1.2 horizon - 1 without memory.
 
     A policy that sees its last action needs no other memory: a guess, repeated, is itself a note of
     the cue. Not so if `delayed`, the delayed response of experiments with animals, where all

@@ -59,7 +59,7 @@ class Together(gym.vector.SyncVectorEnv):
 def evaluate(actor, env: gym.vector.VectorEnv, episodes: int, deterministic: bool, seed: int):
     """Play whole episodes by a policy with an internal state, an equal share in each environment.
 
-    The random numbers of training go on as if never used, those of `random` and `np.random`, too.
+    It leaves the random numbers of training as they were: those of torch, `random` and `np.random`.
 
     Args:
         actor: A module with `act(obs [N, O], z [N, Z], a_prev [N, A], deterministic)`, which
@@ -149,8 +149,8 @@ def views(obs):
 
 
 def returns(actor, env: gym.vector.VectorEnv, episodes: int, *seed: int) -> dict[str, float]:
-    """Mean returns of `evaluate`: `return_deterministic` and `return_stochastic`; and, where the
-    environment tells them, the rates of `success_...`. Seeds are hashed: others, other episodes.
+    """Mean returns of `evaluate`: `return_deterministic` and `return_stochastic`. Also the rates of
+    success, `success_...`, if the environment tells them. Other seeds give other episodes.
     """
     result, seed = {}, int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1)
     for mode in ("deterministic", "stochastic"):
@@ -162,10 +162,16 @@ def returns(actor, env: gym.vector.VectorEnv, episodes: int, *seed: int) -> dict
 
 
 def literals(options) -> dict:
-    """{name: value} of a dict or of pairs, where text that is a Python or JSON literal is read.
+    """{name: value} of --env-kwargs, a dict or pairs. Python and JSON literals are read:
 
-    "True", "null", "0.5", "(0.2, 1.0)" and '{"a": [1]}' are such; other text stays.
+    "True", "null", "0.5", "(0.2, 1.0)" and '{"a": [1]}'. Other text stays.
+
+    Raises:
+        UsageError: `hide` or `privileged_critic` is among them, which are options of their own.
     """
+    for name in ("hide", "privileged_critic"):
+        if name in dict(options):
+            raise UsageError(f"{name} is an option of its own: --{name.replace('_', '-')}.")
     return {name: literal(value) for name, value in dict(options).items()}
 
 

@@ -93,6 +93,8 @@ def test_the_options_of_every_claim_are_understood(name):
     for run in runs:
         args = sweep.final_args(run)
         assert args.seed == 1 and args.eval_frequency > 0 and vars(args).get("save_buffer", True)
+        if hasattr(args, "num_steps"):  # without a full rollout a run is refused
+            assert args.num_steps * args.num_envs <= args.total_timesteps
     assert set(claim.threshold) <= {run.folder.name.split("__")[0] for run in runs}
     assert set(claim.cloning) <= set(claim.methods)
 

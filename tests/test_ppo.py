@@ -156,7 +156,7 @@ def test_sequences_partition_the_transitions_and_cross_no_episode(lanes, length)
     first, final, _ = lanes
     times, envs, mask = bptt_ppo.cut(first, length)
     assert times.shape == mask.shape and times.shape[1] == len(envs) and mask[0].all()
-    assert len(times) <= min(length, len(first) - 1)  # as much memory as the rollout has rows
+    assert len(times) <= length and mask.any(1).all()  # no longer than the longest
     seen = []
     for column, env in enumerate(envs.tolist()):
         count = int(mask[:, column].sum())
@@ -355,33 +355,28 @@ def test_gradients_through_time_equal_those_of_a_loop_of_single_steps(rnn, lengt
 # --- losses ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("clip_vloss", [False, True])
-def test_the_loss_is_that_of_its_rows_with_weight(clip_vloss):
+def test_the_loss_is_that_of_its_rows_with_weight():
     """Row by row, with its gradient. Of rows without, rho may be infinite: times 0 it is NaN.
 
     It is flat where rho has gone far enough: above 1.2 if A > 0, below .8 otherwise.
     """
-    log_prob, value, old_log_prob, advantage, returns, old_value = 0.4 * torch.randn(6, 90)
+    log_prob, value, old_log_prob, advantage, returns = 0.4 * torch.randn(5, 90)
     log_std, weight = torch.tensor([0.3, -1.0]), (torch.arange(90) % 3 > 0).double()
     old_log_prob[weight == 0] = -1e9
     given = [x.requires_grad_() for x in (log_prob, value, log_std)]
-    args = s2pg_ppo.Args(clip_coef=0.2, vf_coef=0.3, ent_coef=0.01, clip_vloss=clip_vloss)
+    args = s2pg_ppo.Args(clip_coef=0.2, vf_coef=0.3, ent_coef=0.01)
     batch = SimpleNamespace(
-        old_log_prob=old_log_prob, advantage=advantage, returns=returns, old_value=old_value,
-        weight=weight,
-    )  # fmt: skip
+        old_log_prob=old_log_prob, advantage=advantage, returns=returns, weight=weight
+    )
     loss, losses = s2pg_ppo.ppo_loss(*given, batch, args)
 
     rows = []
     for k in weight.nonzero().flatten():
         log_ratio, A, error = log_prob[k] - old_log_prob[k], advantage[k], value[k] - returns[k]
-        ratio, moved = log_ratio.exp(), value[k] - old_value[k]
+        ratio = log_ratio.exp()
         policy_loss = -A * (ratio.clamp(max=1.2) if A > 0 else ratio.clamp(min=0.8))
-        value_loss = error**2 / 2
-        if clip_vloss:  # V moves by eps, or is as if it had
-            value_loss = max(value_loss, (error - moved + moved.clamp(-0.2, 0.2)) ** 2 / 2)
         kl, far = ratio - 1 - log_ratio, 1.0 * (abs(ratio - 1) > 0.2)
-        rows.append(torch.stack([policy_loss, value_loss, -log_ratio, kl, far]))
+        rows.append(torch.stack([policy_loss, error**2 / 2, -log_ratio, kl, far]))
     means, entropy = torch.stack(rows).mean(0), Normal(0, log_std.exp()).entropy().sum()
     expected = means[0] + 0.3 * means[1] - 0.01 * entropy
     torch.testing.assert_close(loss, expected)
@@ -511,17 +506,14 @@ def test_every_epoch_has_each_transition_once_and_in_another_order(
 
 
 @SCRIPTS
-@pytest.mark.parametrize(("target_kl", "epochs"), [(1e9, 3), (0.0, 1)])
-def test_an_update(script, target_kl, epochs, monkeypatch):
-    """Of which no epoch follows once the policy has gone too far."""
-    options = dict(update_epochs=3, learning_rate=0.003, max_grad_norm=0.1, target_kl=target_kl)
-    agent = make_agent(script, **options)
+def test_an_update(script, monkeypatch):
+    agent = make_agent(script, update_epochs=3, learning_rate=0.003, max_grad_norm=0.1)
     rollout, seen = fill(agent, *SOME_LANES), watch(agent, monkeypatch)
     before, is_valid = [p.detach().clone() for p in agent.parameters()], valid(rollout)
     advantage = advantages_by_hand(rollout)[is_valid]
     returns = advantage + rollout.value[:-1][is_valid]
     metrics = agent.update(rollout)
-    assert len(seen) == 4 * epochs
+    assert len(seen) == 4 * 3
     assert all((a != b).any() for a, b in zip(before, agent.parameters()))
 
     # each step takes its own gradient, clipped over actor and critic together

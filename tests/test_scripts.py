@@ -211,17 +211,16 @@ OPTIONS = dict(
     s2pg_lsiq=[
         dict(rnn="lstm", loss="iq_like", num_envs=3, demonstration_episodes=1, save_buffer=True),
         dict(expert_target="bootstrap", regularizer=0.1, absorbing=False, privileged_critic=False),
-        dict(memoryless=True, clip_target=False),
+        dict(memoryless=True),
     ],
     s2pg_gail=[
-        dict(rnn="lstm", reward="airl", absorbing=False, num_envs=3, demonstration_episodes=1),
+        dict(rnn="lstm", absorbing=False, num_envs=3, demonstration_episodes=1),
         dict(privileged_critic=False, discriminator_steps=2, discriminator_entropy=0, num_steps=60),
         dict(memoryless=True),
     ],
     s2pg_ppo=[
         dict(rnn="lstm", privileged_critic=True, anneal_lr=False, norm_adv=False, num_envs=3),
-        dict(rnn="rnn", clip_vloss=True, ent_coef=0.1, num_steps=2, num_minibatches=1),
-        dict(target_kl=0.0),
+        dict(rnn="rnn", ent_coef=0.1, num_steps=2, num_minibatches=1),
         dict(memoryless=True, num_steps=60, update_epochs=1),
     ],
 )  # fmt: skip
@@ -403,6 +402,17 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_goes_on(script, signum, monke
     assert 0 < updates[0] < updates[1]
 
 
+def test_a_run_stopped_in_its_last_rollout_which_is_not_full_goes_on_to_its_end(monkeypatch):
+    """Though no update is left to be done."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        watch(patch, "s2pg_ppo", "update", lambda *args: signal.raise_signal(signal.SIGTERM))
+        train("s2pg_ppo", total_timesteps=25)
+    (run,) = Path("runs").iterdir()
+    assert 25 - QUICK["s2pg_ppo"]["num_steps"] < load(run)["global_step"] < 25
+    train("s2pg_ppo", resume=str(run), total_timesteps=25)
+    assert load(run)["global_step"] == 25 and logged(run)["eval/return_stochastic"][0][-1] == 25
+
+
 @pytest.mark.parametrize("save_buffer", [False, True])
 def test_a_resumed_run_learns_when_its_buffer_is_filled(save_buffer, monkeypatch):
     """At once if it was saved; else after `learning_starts` steps of the policy."""
@@ -564,6 +574,7 @@ BAD = [
     ("s2pg_sac", "--env-id nowhere:Robot-v0", "nowhere"),
     ("s2pg_sac", "--env-id CueRecall-v0 --hide velocities", "CueRecall-v0"),
     ("s2pg_sac", "--env-id CueRecall-v0 --env-kwargs horizn 3", "horizn"),
+    ("s2pg_sac", "--env-kwargs hide none", "hide is an option of its own: --hide"),
     ("s2pg_sac", "--hide velocity", "velocity"),
     ("s2pg_sac", "--num-envs 0", "--num-envs must be in [1, inf]"),
     ("s2pg_sac", "--gamma 1.5", "--gamma must be in"),

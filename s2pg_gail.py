@@ -9,10 +9,10 @@ reward. The policy sees o and has an internal state z, which D never sees:
     termination    r   += gamma r_abs / (1 - gamma), r_abs the reward in the absorbing state
     policy, value  as in s2pg_ppo.py: PPO's with rho the ratio of (a, z') jointly
 
--log(1 - D) is never negative, so ending an episode would be a loss whatever the expert does. So an
-end is followed by an absorbing state, which is never left and which D judges, too. As it stands for
+-log(1 - D) is never negative, so the policy would always avoid termination. So a terminated episode
+goes on in an absorbing state, which is never left and which D judges, too. As it stands for
 1 / (1 - gamma) steps, it has their weight in L(D) (Kostrikov et al., "Discriminator-Actor-Critic",
-2019). The task's reward is logged, and never learned from. Compare s2pg_ppo.py by diff.
+2019). c is --discriminator-entropy. The task's reward is logged, and never learned from.
 
     python s2pg_gail.py --env-id InvertedPendulum-v4 --total-timesteps 100000
     python s2pg_gail.py --env-id Hopper-v4 --demonstrations expert.npz --bc-steps 2000

@@ -2,7 +2,7 @@
 
 Al-Hafez, Tateo, Arenz, Zhao, Peters, "LS-IQ: Implicit Reward Regularization for Inverse
 Reinforcement Learning", ICLR 2023, with the policy of S2PG-SAC. Q(s, a, z') implies a reward Q - y,
-which is driven to r_max = 1/c where the expert is, and to r_min = -1/c where the policy is. The
+driven to r_max = 1/c where the expert is and to -1/c where the policy is, c = --regularizer. The
 internal state along the demonstrations is the policy's, refreshed like that of the replay buffer.
 
     bootstrap  y = gamma (1 - d) clip(V', Q_min, Q_max), with Q_max = 1/(c (1 - gamma)) = -Q_min

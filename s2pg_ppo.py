@@ -13,7 +13,7 @@ is differentiated through time, and a minibatch is single transitions in any ord
 
 With --privileged-critic V sees the state s in place of o. Compare bptt_ppo.py by diff. Unlike
 CleanRL's PPO: ReLU and PyTorch's initialisation, advantages normalised over the rollout, Pop-Art in
-place of normalised rewards, values not clipped by default, --target-kl over an epoch.
+place of normalised rewards, no clipping of values, no target KL.
 
     python s2pg_ppo.py --env-id InvertedPendulum-v4 --total-timesteps 100000
     python s2pg_ppo.py --env-id Humanoid-v4 --num-envs 8 --seed 1

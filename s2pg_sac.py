@@ -10,8 +10,8 @@ buffer and judged by the critic. Nothing is differentiated through time:
     actor    L(pi) = E[alpha log pi_a(a~) + alpha_z log pi_z(z~') - min_i Q_i(s, a~, z~', a_prev)]
     refresh  z_{t+1} <- z~' for the sampled rows, which keeps the stored z near the policy's
 
-where (a'', z'') and (a~, z~') are fresh, reparameterised samples. If s is Markov, Q needs no z but
-z'; without a privileged critic s is (o, z). Symbols: docs/notation.md. Compare bptt_sac.py by diff.
+where (a'', z'') and (a~, z~') are fresh, reparameterised samples. If s is Markov, Q needs z' but
+not z; without a privileged critic s is (o, z). Symbols: docs/notation.md. Compare bptt_sac.py.
 
     python s2pg_sac.py --env-id InvertedPendulum-v4 --total-timesteps 20000
     python s2pg_sac.py --env-id Humanoid-v4 --seed 1

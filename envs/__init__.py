@@ -1,6 +1,6 @@
 """Partially observable control tasks, and playing them.
 
-`make` hands out every task behind one interface, `make_vec` several at once; `evaluate` plays them.
+`make` makes a task, `make_vec` several copies of it, and `evaluate` plays them.
 The observation of each environment is a `Dict` of two float32 vectors: "policy", what the policy
 may see, and "critic", the privileged state which a critic may use during training. The tasks are
 those of Al-Hafez, Zhao, Peters, Tateo, "Time-Efficient Reinforcement Learning with Stochastic
@@ -51,7 +51,7 @@ def make(
 
     `env_id` is the id of
     - a MuJoCo environment of Gymnasium, v4 or v5: the critic sees the whole observation;
-    - a memory task of this package: CueRecall-v0, PointMassMemory-v0, PointMassDoor-v0;
+    - a memory task of this package: CueRecall-v0, CueRecall-delayed-100-v0, PointMassDoor-v0, ...;
     - an environment of your own, as `module:Id-v0`, whose observation is a 1-D `Box` (which is
       taken as both entries) or a `Dict` with "policy" and "critic" (which are taken as they are).
 

@@ -36,9 +36,9 @@ class CueRecall(gym.Env):
     [-0.8, 0.8] earns 0.2 on average over the two cues. If `delayed`, the optimal return is
     2 horizon - 1, and 1.2 horizon - 1 without memory.
 
-    A policy that sees its last action needs no other memory: a guess, repeated, is itself a note of
-    the cue. Not so if `delayed`, the delayed response of experiments with animals, where all
-    actions are to be 0 until the last, and a note in them costs reward.
+    A policy that sees its last action can repeat it, and needs no other memory. If `delayed`, as in
+    the delayed-response task of experiments with animals, all actions but the last should be 0, so
+    to store the cue in them costs reward.
 
     Raises:
         UsageError: `horizon` is not a whole number of at least 1, or `delayed` not a bool.

@@ -36,8 +36,8 @@ class Together(gym.vector.SyncVectorEnv):
         """Evaluate an agent in the midst of its training: `returns` of its `actor`.
 
         They are printed, and go to the TensorBoard `writer` as `eval/...`. `best.pt` in its folder
-        has the weights whose stochastic return is the highest so far. Without result, and told, if
-        an episode does not end.
+        has the weights whose stochastic return is the highest so far. If an episode does not
+        end, it prints so and logs nothing.
         """
         try:
             result = returns(agent.actor, self, episodes, seed, step)

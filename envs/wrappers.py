@@ -135,7 +135,7 @@ class PolicyAndCritic(gym.ObservationWrapper, RecordConstructorArgs):
 
 
 class Quiet(gym.Wrapper, RecordConstructorArgs):
-    """Of `info`, hand on whether there was success: a vector environment copies all of it."""
+    """Keeps only success in `info`, as a vector environment copies all of it."""
 
     def __init__(self, env: gym.Env):
         RecordConstructorArgs.__init__(self)
@@ -154,7 +154,7 @@ class Quiet(gym.Wrapper, RecordConstructorArgs):
 
 
 class UnitActions(gym.ActionWrapper, RecordConstructorArgs):
-    """Actions in [-1, 1], float32; scaled in float64 and clipped, so none leaves the space inside.
+    """Actions in [-1, 1], float32; scaled in float64 and clipped, so none is out of bounds.
 
     A component whose bounds are equal is held at its value.
     """

@@ -60,6 +60,7 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy of a
     vf_coef: float = 0.5  # weight of the loss of V
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
+    target_kl: float = math.inf  # no further epoch where the policy has diverged by more
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # [networks] recurrent layer
     state_dim: int = 32  # size of the layer; an LSTM's z = (h, c) is twice as large
@@ -85,7 +86,7 @@ class Args:
             seed=(0, inf), num_envs=(1, inf), num_steps=(2, inf), num_minibatches=(1, rows),
             update_epochs=(1, inf), learning_rate=(0, inf), gamma=(0, 1 - 1e-9), gae_lambda=(0, 1),
             clip_coef=(1e-9, inf), ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf),
-            state_dim=(1, inf), std=(1e-9, 99), sequence_length=(1, inf),
+            target_kl=(0, inf), state_dim=(1, inf), std=(1e-9, 99), sequence_length=(1, inf),
             num_threads=(1, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(0, inf),
         ).items():  # fmt: skip
@@ -375,6 +376,8 @@ class BPTTPPO(nn.Module):
                     learn = self.graphs.setdefault(shape, Graphed(self.learn))
                 total = total + learn(*(column[:, index] for column in batch))
             losses = dict(zip(LOSSES, total / minibatches))
+            if losses["approx_kl"] > args.target_kl:
+                break
 
         # the next rollout acts with new statistics, so that within one the policy is one policy
         self.actor.normalizer.update(rollout.obs[:-1], rows.weight)

@@ -5,7 +5,7 @@ discriminator D learns to tell the expert's (s, a) from the policy's, and the po
 reward. The policy sees o and has an internal state z, which D never sees:
 
     discriminator  L(D) = E_expert[-log D] + E_policy[-log(1 - D)] - c H(D), over (s, a)
-    reward         r    = -log(1 - D + 1e-8)
+    reward         r    = -log(1 - D + 1e-8), or with --reward airl log D - log(1 - D)
     termination    r   += gamma r_abs / (1 - gamma), r_abs the reward in the absorbing state
     policy, value  as in s2pg_ppo.py: PPO's with rho the ratio of (a, z') jointly
 
@@ -49,6 +49,7 @@ class Args:
     demonstrations: str | None = None  # [algorithm] FILE.npz, minari:NAME, or shipped:stochastic
     demonstration_episodes: int | None = None  # how many to imitate, from the first; None: all
     bc_steps: int = 0  # gradient steps of behaviour cloning, before everything else
+    reward: Literal["gail", "airl"] = "gail"  # -log(1 - D + 1e-8), or log D - log(1 - D)
     absorbing: bool = True  # a terminated episode goes on in an absorbing state
     discriminator_lr: float = 3e-4  # learning rate of the discriminator
     discriminator_steps: int = 3  # its gradient steps a rollout (published: 1 every 3rd rollout)
@@ -66,6 +67,7 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy of (a, z')
     vf_coef: float = 0.5  # weight of the loss of V
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
+    target_kl: float = math.inf  # no further epoch where the policy has diverged by more
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # [networks] recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
@@ -93,7 +95,7 @@ class Args:
             seed=(0, inf), num_envs=(1, inf), num_steps=(2, inf), num_minibatches=(1, rows),
             update_epochs=(1, inf), learning_rate=(0, inf), gamma=(0, 1 - 1e-9), gae_lambda=(0, 1),
             clip_coef=(1e-9, inf), ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf),
-            state_dim=(1, inf), std=(1e-9, 99), std_z=(1e-9, 99),
+            target_kl=(0, inf), state_dim=(1, inf), std=(1e-9, 99), std_z=(1e-9, 99),
             bc_steps=(0, inf), discriminator_lr=(0, inf), discriminator_steps=(1, inf),
             discriminator_entropy=(0, inf), num_threads=(1, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(0, inf),
@@ -430,7 +432,8 @@ class S2PGGAIL(nn.Module):
             descend(self.d_optimizer, loss)
         with torch.no_grad():
             logit, expert_logit = (self.discriminator(x).squeeze(-1) for x in (rows, drawn))
-            reward = -(torch.sigmoid(-logit) + 1e-8).log()  # -log(1 - D + 1e-8)
+            # -log(1 - D + 1e-8), or log D - log(1 - D)
+            reward = -(torch.sigmoid(-logit) + 1e-8).log() if args.reward == "gail" else logit
             # that of the absorbing state, for ever, from the step after the last
             forever = args.absorbing * reward[-1] * args.gamma / (1 - args.gamma)
             rollout.reward[:-1] = reward[:-1].view_as(rollout.reward[:-1])
@@ -455,6 +458,8 @@ class S2PGGAIL(nn.Module):
             for index in order[: minibatches * size].view(minibatches, size):
                 total = total + self.learn(*(column[index] for column in batch))
             losses = dict(zip(LOSSES, total / minibatches))
+            if losses["approx_kl"] > args.target_kl:
+                break
         self.actor.normalizer.update(rollout.obs[:-1], rows.weight)
         self.critic.normalizer.update(rollout.state[:-1], rows.weight)
         _, unexplained = moments(rows.returns - rows.old_value, rows.weight)

@@ -13,7 +13,7 @@ is differentiated through time, and a minibatch is single transitions in any ord
 
 With --privileged-critic V sees the state s in place of o. Compare bptt_ppo.py by diff. Unlike
 CleanRL's PPO: ReLU and PyTorch's initialisation, advantages normalised over the rollout, Pop-Art in
-place of normalised rewards, no clipping of values, no target KL.
+place of normalised rewards, no clipping of values, --target-kl over an epoch.
 
     python s2pg_ppo.py --env-id InvertedPendulum-v4 --total-timesteps 100000
     python s2pg_ppo.py --env-id Humanoid-v4 --num-envs 8 --seed 1
@@ -59,6 +59,7 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy of (a, z')
     vf_coef: float = 0.5  # weight of the loss of V
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
+    target_kl: float = math.inf  # no further epoch where the policy has diverged by more
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # [networks] recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
@@ -86,7 +87,7 @@ class Args:
             seed=(0, inf), num_envs=(1, inf), num_steps=(2, inf), num_minibatches=(1, rows),
             update_epochs=(1, inf), learning_rate=(0, inf), gamma=(0, 1 - 1e-9), gae_lambda=(0, 1),
             clip_coef=(1e-9, inf), ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf),
-            state_dim=(1, inf), std=(1e-9, 99), std_z=(1e-9, 99),
+            target_kl=(0, inf), state_dim=(1, inf), std=(1e-9, 99), std_z=(1e-9, 99),
             num_threads=(1, inf),
             checkpoint_frequency=(1, inf), eval_frequency=(0, inf), eval_episodes=(0, inf),
         ).items():  # fmt: skip
@@ -365,6 +366,8 @@ class S2PGPPO(nn.Module):
             for index in order[: minibatches * size].view(minibatches, size):
                 total = total + self.learn(*(column[index] for column in batch))
             losses = dict(zip(LOSSES, total / minibatches))
+            if losses["approx_kl"] > args.target_kl:
+                break
 
         # the next rollout acts with new statistics, so that within one the policy is one policy
         self.actor.normalizer.update(rollout.obs[:-1], rows.weight)

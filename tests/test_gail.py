@@ -105,10 +105,11 @@ def test_the_loss_of_the_discriminator():
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("reward", ["gail", "airl"])
 @pytest.mark.parametrize("absorbing", [True, False])
-def test_rewards_are_those_of_the_discriminator(absorbing):
-    """Also where D is sure of the expert: there they have a bound."""
-    agent, expert, rollout = make_agent(absorbing=absorbing)
+def test_rewards_are_those_of_the_discriminator(reward, absorbing):
+    """Also where D is sure of the expert: there that of GAIL has a bound."""
+    agent, expert, rollout = make_agent(reward=reward, absorbing=absorbing)
     with torch.no_grad():
         agent.discriminator[-1].weight *= 300
     metrics = agent.judge(rollout, expert)
@@ -118,7 +119,10 @@ def test_rewards_are_those_of_the_discriminator(absorbing):
         rows = torch.cat([state, action, torch.zeros(40, 2, 1)], -1)
         absorbed = torch.tensor([0.0, 0, 0, 0, 1])
         logits = agent.discriminator(rows).squeeze(-1), agent.discriminator(absorbed)
-    expected, forever = (-(1 - torch.sigmoid(x.double()) + 1e-8).log() for x in logits)
+    expected, forever = (
+        -(1 - torch.sigmoid(x.double()) + 1e-8).log() if reward == "gail" else x.double()
+        for x in logits
+    )
     assert logits[0].max() > 25 and logits[0].min() < 0
     transition = rollout.first[1:] == 0
     mean = expected[transition].mean().float()

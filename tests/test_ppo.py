@@ -506,14 +506,17 @@ def test_every_epoch_has_each_transition_once_and_in_another_order(
 
 
 @SCRIPTS
-def test_an_update(script, monkeypatch):
-    agent = make_agent(script, update_epochs=3, learning_rate=0.003, max_grad_norm=0.1)
+@pytest.mark.parametrize(("target_kl", "epochs"), [(1e9, 3), (0.0, 1)])
+def test_an_update(script, target_kl, epochs, monkeypatch):
+    """Of which no epoch follows once the policy has gone too far."""
+    options = dict(update_epochs=3, learning_rate=0.003, max_grad_norm=0.1, target_kl=target_kl)
+    agent = make_agent(script, **options)
     rollout, seen = fill(agent, *SOME_LANES), watch(agent, monkeypatch)
     before, is_valid = [p.detach().clone() for p in agent.parameters()], valid(rollout)
     advantage = advantages_by_hand(rollout)[is_valid]
     returns = advantage + rollout.value[:-1][is_valid]
     metrics = agent.update(rollout)
-    assert len(seen) == 4 * 3
+    assert len(seen) == 4 * epochs
     assert all((a != b).any() for a, b in zip(before, agent.parameters()))
 
     # each step takes its own gradient, clipped over actor and critic together

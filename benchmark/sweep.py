@@ -5,7 +5,7 @@
     python benchmark/sweep.py cue_recall --cluster slurm --slurm slurm_partition cpu timeout_min 600
 
 A run is a process of one thread in a folder of its own, OUT/TASK__SCRIPT__HASH__SEED, where HASH is
-that of its command, so claims share the runs that they have in common. Whatever is killed, the
+that of its command, so claims share the runs whose commands are the same. Whatever is killed, the
 runs or the sweep, the same command begun again finishes what is left: a run goes on from its last
 checkpoint, which has the replay buffer as well. With `--cluster slurm` the runs go out as an array
 job through submitit, which sends a run that meets its time limit to the queue again; `--cluster

@@ -8,8 +8,8 @@ flow_sac.py with a small, fixed temperature. With o ~ N(0, I) in 8 dimensions an
     r(o, a) = 10 max_j exp(-|a - m_j(o)|^2 / (2 .3^2)),   m_j(o) = .8 tanh(W_j o), j = 1 .. 4
 
 Written to --out, and continued if it is there: a CSV with a row for each policy, K, seed and every
-100th update. It has the mean reward; the mean number of modes that 64 actions for the same o reach,
-to within a reward of 5; and the mean norms of dr/dx_k along the path, relative to the last.
+100th update. It has the mean reward; the mean number of modes at which one of 64 actions for the
+same o has a reward above 5; and the mean norms of dr/dx_k along the path, relative to the last.
 """
 
 import csv
@@ -22,10 +22,10 @@ from types import SimpleNamespace
 
 import torch
 import tyro
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import flow_sac
+from benchmark.collect import write_csv
 
 OBS, ACTION, MODES, STD = 8, 4, 4, 0.3
 ENDS = "reward", "modes", "gain"  # what is printed of the last update
@@ -120,18 +120,15 @@ def main(args):
     if path.exists():
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
-        asked = [str(option) for option in (args.learning_rate, args.alpha, args.updates)]
-        if [rows[-1].get(name) for name in ("learning_rate", "alpha", "update")] != asked:
-            sys.exit(f"{path} is of other options: choose another --out")
+    asked = [str(option) for option in (args.learning_rate, args.alpha, args.updates)]
+    if rows and [rows[-1].get(name) for name in ("learning_rate", "alpha", "update")] != asked:
+        sys.exit(f"{path} is of other options: choose another --out")
     done = {(row["policy"], int(row["seed"])) for row in rows}
     runs = [(label, seed) for seed in args.seeds for label in POLICIES]
     own = dict(learning_rate=args.learning_rate, alpha=args.alpha, torch=torch.__version__)
-    for label, seed in tqdm([run for run in runs if run not in done]):
+    for label, seed in [run for run in runs if run not in done]:
         rows += [row | own for row in run(label, seed, args)]
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(path, list(rows[0]), [list(row.values()) for row in rows])
     for label in POLICIES:
         ends = [r for r in rows if r["policy"] == label and int(r["update"]) == args.updates]
         for name in ENDS:

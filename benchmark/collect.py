@@ -1,7 +1,7 @@
 """From event files to one tidy CSV for each claim.
 
     python benchmark/collect.py cue_recall                  # what sweep.py ran of it
-    python benchmark/collect.py cue_recall --add            # beside what the CSV has of other runs
+    python benchmark/collect.py cue_recall --no-add         # without what the CSV has of other runs
     python benchmark/collect.py --runs runs/* --csv my.csv  # any runs; labels are their --exp-name
 
 A row is one evaluation: environment, label, script, options that were not at their defaults, seed,
@@ -9,7 +9,8 @@ step, seconds of training until then (evaluations do not count), mean return of 
 and of the stochastic policy; of runs by sweep.py versions, commit and hardware; of tasks that tell
 of success the share of episodes with it. What is evaluated at step 0 alone is a level to compare
 with: the demonstrations of imitation runs (label "expert"), and cloning. Runs of a claim that are
-not finished are named, and left out without --unfinished.
+not finished are named, and left out without --unfinished. A run that was killed in its last
+evaluation is named, too: sweep.py takes it for done.
 """
 
 import csv
@@ -40,7 +41,7 @@ class Args:
     out: str = "runs/sweep"  # the folder that sweep.py ran them in
     cuda: bool = False  # those that it ran with --cuda
     unfinished: bool = False  # with what unfinished runs have so far
-    add: bool = False  # keep the rows of the CSV whose runs are not here: other seeds or machines
+    add: bool = True  # keep the rows of the CSV whose runs are not here: other seeds or machines
     results: str = "benchmark/results"  # folder of the CSVs
     runs: tuple[str, ...] = ()  # folders of runs that are not of a claim
     csv: str = "runs.csv"  # file for those
@@ -139,16 +140,22 @@ def collect_claim(name, args):
     """The CSV of what is finished of a claim."""
     rows, claim = [], CLAIMS[name]
     for run in sweep.runs_of(claim, args.out, args.seeds, cuda=args.cuda):
-        if not sweep.is_done(run):
+        done, folder, clones = sweep.is_done(run), sweep.run_dir(run), run.label in claim.cloning
+        if not done:
             print(f"not finished: {run.label}, {run.folder.name}")
-            if not args.unfinished or sweep.run_dir(run) is None:
+            if not args.unfinished or folder is None:
                 continue
         sweep.check_unchanged(run)
         machine = json.loads((run.folder / "machine.json").read_text())
         try:
-            rows += evaluations(sweep.run_dir(run), run, machine, run.label in claim.cloning)
+            own = evaluations(folder, run, machine, clones)
         except ValueError as error:
             print(error)  # it has not been evaluated yet
+            continue
+        last = json.loads((folder / "args.json").read_text())["total_timesteps"]
+        if done and not clones and max(row[5] for row in own) < last:
+            print(f"killed in its last evaluation: {run.label}, {run.folder.name}")
+        rows += own
     if not rows:
         sys.exit(f"no run of {name} is finished in {args.out}")
     write(rows, Path(args.results, f"{name}.csv"), args.add)

@@ -4,6 +4,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=benchmark/results/cuda
+export PYTHONUNBUFFERED=1 # what meets its limit leaves the tables that it has
 mkdir -p "$out"
 
 part() { # NAME SECONDS COMMAND...
@@ -12,8 +13,9 @@ part() { # NAME SECONDS COMMAND...
         echo "no time left for $1"
         return
     fi
-    timeout "$seconds" "${@:3}" 2>&1 | tee "$out/$1.txt"
+    timeout "$seconds" "${@:3}" 2>&1 | tee "$out/$1.new"
     echo "$1: status ${PIPESTATUS[0]}, $SECONDS s since the start"
+    mv "$out/$1.new" "$out/$1.txt"
 }
 tests() { part "$1" "$2" "${PYTHON:-python}" -m pytest -q -n 0 "${@:3}"; }
 table() { part "$1" "$2" "${PYTHON:-python}" benchmark/update_time.py --device cuda "${@:3}"; }

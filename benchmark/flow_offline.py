@@ -167,6 +167,7 @@ def offline(args, run_dir, agent, buffer, env, step, seconds):
     flow_sac.save_checkpoint(run_dir, agent, buffer, global_step=step, seconds=seconds)
     if step == 0 and args.eval_frequency and args.eval_episodes:
         env.score(agent, args.eval_episodes, args.seed, writer, step)
+        writer.add_scalar("charts/seconds", seconds, step)
     bar.close()
     writer.close()
     for signum in (signal.SIGINT, signal.SIGTERM):

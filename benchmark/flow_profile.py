@@ -69,7 +69,7 @@ def draw(rows, path):
                     curves[int(row[3])].append(float(row[6]))
             steps = sorted(curves)
             means = [np.exp(np.mean(np.log(np.maximum(curves[step], 1e-12)))) for step in steps]
-            panel.plot(steps, means, color=plt.cm.viridis(k / last), label=f"x_{k}")
+            panel.plot(steps, means, color=plt.cm.viridis(k / last))
             panel.text(steps[-1], means[-1], f" k = {k}", va="center", size=8)
         panel.axhline(1, color="k", lw=0.8)
         panel.set(yscale="log", title=f"{label}\n{env_id}", xlabel="environment steps")
@@ -78,6 +78,7 @@ def draw(rows, path):
         panel.locator_params(axis="x", nbins=3)
     panels[0][0].set_ylabel("|dQ/dx_k| over |dQ/dx_K|")
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main(args):

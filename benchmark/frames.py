@@ -21,7 +21,7 @@ STEPS = 0, 20, 40, 55, 65, 75  # when a frame is taken
 
 
 def play(run):
-    """The frames of a run, its options, and the step in which its episode ended, or None."""
+    """The frames of a run, whether it has a memory, and the last step of its episode, or None."""
     saved, _, agent = evaluate.load(run, 1)
     options = dict(hide=saved["hide"], render_mode="rgb_array", width=480, height=300)
     env = UnitActions(envs.make(saved["env_id"], **options | envs.literals(saved["env_kwargs"])))
@@ -33,14 +33,14 @@ def play(run):
         obs, _, terminated, truncated, _ = env.step(action[0].numpy())
         end = step if end is None and (terminated or truncated) else end
         frames.append(env.render())
-    return np.stack([frames[step] for step in STEPS]), saved, end
+    return np.stack([frames[step] for step in STEPS]), agent.z_dim > 0, end
 
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path):
     shape = len(runs), len(STEPS)
     figure, panels = plt.subplots(*shape, figsize=(13, 1.2 * shape[0]), layout="constrained")
     for row, run in zip(np.atleast_2d(panels), runs):
-        frames, saved, end = play(run)
+        frames, memory, end = play(run)
         used = np.flatnonzero((frames > 16).any((0, 2, 3)))  # the sky of the simulator is black
         frames = frames[:, max(used[0] - 15, 0) : used[-1] + 15]
         frames = np.where(frames.max(-1, keepdims=True) > 16, 255 * (frames / 255) ** 0.6, 255)
@@ -49,7 +49,7 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path):
             ended = end is not None and step >= end
             panel.set_title(f"step {step}{', ended' * ended}", color="#c1272d" if ended else "k")
             panel.set(xticks=[], yticks=[])
-        name = "without\nmemory" if saved["memoryless"] else "with a\nmemory"
+        name = "with a\nmemory" if memory else "without\nmemory"
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", size=13, weight="bold")
     figure.savefig(out, dpi=110)
 

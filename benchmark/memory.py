@@ -136,9 +136,8 @@ def readout(agent, fresh, episodes):
         return own_act(obs, z, a_prev, deterministic)
 
     played = play(agent, agent.actor, act, episodes, episodes)
-    lengths = [
-        len(episode["rewards"]) for episode in played
-    ]  # each is the first of its environment
+    # each episode is the first of its environment
+    lengths = [len(episode["rewards"]) for episode in played]
     seen, *memories = (
         torch.cat([torch.stack(column)[:n, i].double() for i, n in enumerate(lengths)])
         for column in zip(*steps)
@@ -212,10 +211,13 @@ def main(args: Args):
     torch.set_num_threads(1)
     for name in args.claims:
         runs = sweep.runs_of(CLAIMS[name], args.out, tasks=args.tasks)
-        done = [(run.label, sweep.run_dir(run)) for run in runs if sweep.is_done(run)]
+        done = [run for run in runs if sweep.is_done(run)]
         if not done:
             sys.exit(f"no run of {name} is finished in {args.out}")
-        study(done, Path(args.results, f"{name}.csv"), args)
+        for run in done:
+            sweep.check_unchanged(run)
+        folders = [(run.label, sweep.run_dir(run)) for run in done]
+        study(folders, Path(args.results, f"{name}.csv"), args)
     if args.runs:
         study([("", folder) for folder in args.runs], Path(args.csv), args)
 

@@ -344,8 +344,8 @@ def main(args: Args):
     cases = [(env_id, norm, 1.0) for env_id in args.env_ids for norm in ("none", "both")]
     cases += [(args.env_ids[0], "both", coef) for coef in args.coefs]
     for seed, (*case, coef) in itertools.product(args.seeds, cases):
-        folder = trained_model(args.runs, *case, coef, seed, args.total_timesteps)
         if (*case, f"{coef:g}", str(seed)) not in done:
+            folder = trained_model(args.runs, *case, coef, seed, args.total_timesteps)
             what = (HORIZONS, ("dp", "dr")) if coef == 1 else ((8,), ("dp",))
             rows += with_origin(measure(folder, args, *what))
             write(table, rows)

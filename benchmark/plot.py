@@ -33,22 +33,16 @@ from benchmark import variance
 from benchmark.claims import CLAIMS, OVERVIEW, Claim
 from benchmark.sweep import check_names
 
+PAGES = "README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))
+
 
 @dataclasses.dataclass
 class Args:
-    claims: tyro.conf.Positional[tuple[str, ...]] = ()
-    """names of claims.py; by default all, the study of the variance and the tables of speed"""
-    results: str = "benchmark/results"
-    """folder of the CSVs and the pictures"""
-    pages: tuple[str, ...] = (
-        "README.md",
-        *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))),
-    )
-    """files with the tables, each between a pair of marks"""
-    check: bool = False
-    """write nothing, and fail if the tables there are others"""
-    csv: str | None = None
-    """instead of a claim: draw this file, and print its table"""
+    claims: tyro.conf.Positional[tuple[str, ...]] = ()  # names of claims.py; by default everything
+    results: str = "benchmark/results"  # folder of the CSVs and the pictures
+    pages: tuple[str, ...] = PAGES  # files with the tables, each between a pair of marks
+    check: bool = False  # write nothing, and fail if the tables there are others
+    csv: str | None = None  # instead of a claim: draw this file, and print its table
 
 
 MODES = "stochastic", "deterministic"
@@ -78,9 +72,8 @@ def read(path, claim):
             if late < options.get("num_envs", 1) and step - late not in seed:
                 step -= late  # environments pass a multiple together
             if step in seed:
-                raise SystemExit(
-                    f"plot.py: {path}: two runs are {row['label']}, seed {row['seed']}"
-                )
+                run = f"{row['label']}, seed {row['seed']}"
+                raise SystemExit(f"plot.py: {path}: two rows are step {step} of {run}")
             values = [unit * float(row[f"{measure}_{mode}"]) for mode in MODES]
             seed[step] = [float(row["wall_seconds"]), *values]
     result = {}
@@ -91,6 +84,10 @@ def read(path, claim):
                 raise SystemExit(
                     f"plot.py: {path}: the seeds of {label} were evaluated at no common step"
                 )
+            last = max(map(max, seeds.values()))
+            if steps[-1] < last:
+                message = f"not all seeds of {label} were evaluated at step {last}"
+                print(f"plot.py: {path}: {message}", file=sys.stderr)
             values = [[seeds[number][step] for step in steps] for number in sorted(seeds)]
             seconds, stochastic, deterministic = np.moveaxis(np.array(values), -1, 0)
             curve = Curve(np.array(steps), seconds / 60, stochastic, deterministic)
@@ -103,7 +100,7 @@ def read(path, claim):
 def interquartile_mean(returns, repetitions=2000):
     """Of returns [S, T]: the mean [T], and the 95 % band [2, T]."""
     if len(returns) < 4:  # of these the bootstrap's band is the range
-        return np.sort(returns, 0).mean(0), np.stack([returns.min(0), returns.max(0)])
+        return returns.mean(0), np.stack([returns.min(0), returns.max(0)])
     quarter = len(returns) // 4
 
     def iqm(scores):  # [S, 1 task, T]
@@ -308,18 +305,24 @@ def draw_probe(data, claim, path):
     plt.close(figure)
 
 
+def markdown(header, lines):
+    """A table of lists of cells."""
+    lines = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def memory_table(data):
-    """Markdown: a row for each environment and method, what memory.py found with each seed."""
+    """A row for each environment and method, what memory.py found with each seed."""
     runs = next(iter(data.values()))
     ((row, *_), *_) = next(iter(runs.values())).values()
     changes = [name for name in row if name not in ("env_id", "label", "seed", "episodes")]
-    lines = [["", *changes], ["---"] * (1 + len(changes))]
+    lines = []
     for env_id, runs in data.items():
         lines.append([f"**{env_id}**"] + [""] * len(changes))
         for label, seeds in runs.items():
             cells = [[rounded(float(rows[0][name])) for rows in seeds.values()] for name in changes]
             lines.append([label, *(", ".join(cell) for cell in cells)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(["", *changes], lines)
 
 
 def rounded(value):
@@ -338,18 +341,18 @@ def to_threshold(x, returns, threshold):
 
 
 def table(data, claim):
-    """Markdown: a row for each environment and method."""
+    """A row for each environment and method."""
     measure, mode = claim.column.split("_")
     curves = [curve for curves in data.values() for curve in curves.values()]
     many = {len(curve.stochastic) > 3 for curve in curves if curve.steps[-1] > 0}
-    mean, spread = ("IQM", "95 %") if many == {True} else ("mean", "range")
+    center, spread = ("IQM", "95 %") if many == {True} else ("mean", "range")
     if len(many) == 2:
-        mean, spread = "mean (4 seeds or more: IQM)", "range or 95 %"
+        center, spread = "mean (4 seeds or more: IQM)", "range or 95 %"
     header = ["", f"{UNITS[measure]} at the end, each seed", "noise-free"]
-    header += [f"{mean} [{spread}]", f"best {mean}"]
+    header += [f"{center} [{spread}]", f"best {center}"]
     if claim.threshold:
         header += ["steps to threshold"] + ["minutes"] * claim.clock
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for env_id, curves in data.items():
         goal = claim.threshold.get(env_id)
         threshold = f", threshold {goal:,g}" if goal else ""
@@ -380,21 +383,19 @@ def table(data, claim):
                 line.append(to_threshold(steps, returns, goal))
                 line += [to_threshold(curve.minutes, returns, goal)] * claim.clock
             lines.append(line)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(header, lines)
 
 
-def overview(results, short=False):
-    """Markdown: the lines of OVERVIEW, or those for the README, means over seeds at the end.
+def overview(data, short=False):
+    """The lines of OVERVIEW, or those for the README, means over seeds at the end.
 
     Bold is a method of which each seed ends above each seed of the others.
     """
-    header = ["task", "steps", "S2PG", "BPTT", "no memory", "experiment"]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for line in [line for line in OVERVIEW if line.readme or not short]:
-        path = results / f"{line.claim}.csv"
-        data = read(path, CLAIMS[line.claim]) if path.exists() else {}
         labels = line.s2pg, line.bptt, line.memoryless
-        curves = {label: data.get(line.env_id, {}).get(label) for label in labels}
+        found = data.get(line.claim, {}).get(line.env_id, {})
+        curves = {label: found.get(label) for label in labels}
         last = max((curve.steps[-1] for curve in curves.values() if curve), default=0)
         ends = {k: curve.stochastic[:, -1] for k, curve in curves.items() if curve}
         cells = dict.fromkeys(labels, "")
@@ -406,12 +407,13 @@ def overview(results, short=False):
             if curves[label].steps[-1] < last:
                 cells[label] += f" after {curves[label].steps[-1]:,}"
         lines.append([line.task, f"{last:,}" if last else "", *cells.values(), f"`{line.claim}`"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(["task", "steps", "S2PG", "BPTT", "no memory", "experiment"], lines)
 
 
 def speed_table(paths):
-    """Markdown of the tables of update_time.py in these files, those of two tasks side by side."""
+    """The tables of update_time.py in these files, those of two tasks side by side."""
     names, methods = [path.read_text().split()[0] for path in paths], {}
+    piece = re.compile("S2PG, (sampling|critic|actor|targets|refresh)")  # in older files
     for name, path in zip(names, paths):
         for block in path.read_text().split("\n\n"):
             title, *lines = block.splitlines()
@@ -420,23 +422,23 @@ def speed_table(paths):
             algorithm = title.split(",")[0]
             for line in lines:
                 method, cells = line[:38].strip(), line[38:].split()
-                piece = method.startswith("S2PG, ") and "alone" not in method  # in older files
-                if len(cells) == 3 and not piece:
+                if len(cells) == 3 and not piece.match(method):
                     method = re.sub("^(S2PG|BPTT)", rf"\1-{algorithm}", method)
                     method = method.replace("memoryless", f"memoryless {algorithm}")
                     methods.setdefault(method, {})[name] = cells
-    header = [f"{name}: ms | x memoryless | x S2PG" for name in names]
-    lines = [["", *header], ["---"] * (1 + 3 * len(names))]
-    for method, tasks in methods.items():
-        lines.append([method, *(cell for cells in tasks.values() for cell in cells)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    header, lines = [""], [[method] for method in methods]
+    for name in names:
+        header += [f"{name}: ms", "x memoryless", "x S2PG"]
+        for line, tasks in zip(lines, methods.values()):
+            line += tasks.get(name, [""] * 3)
+    return markdown(header, lines)
 
 
 def rollout_table(paths):
-    """Markdown of the rows per second that update_time.py collected with PPO in these files."""
+    """Steps per second of PPO without updates by update_time.py; rows per second in older files."""
     lines, header = [], [""]
     for path in paths:
-        block = r"PPO[^\n]* (\d+) envs .*?rows per second: (.*?)$"
+        block = r"PPO[^\n]* (\d+) envs .*?(?:rows per second|without updates): (.*?)$"
         blocks = re.findall(block, path.read_text(), re.S | re.M)
         header = [""] + [f"{n} environment{'s' * (n != '1')}" for n, _ in blocks]
         methods = {}
@@ -445,16 +447,15 @@ def rollout_table(paths):
                 methods.setdefault(method, []).append(speed)
         name = path.read_text().split()[0]
         lines += [[f"{name}, {method}", *speeds] for method, speeds in methods.items()]
-    lines = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(header, lines)
 
 
 def insert(text, tables):
     """`text` with each table between its marks; a table without marks is left out."""
-    for name, markdown in tables.items():
+    for name, new in tables.items():
         begin, end = f"<!-- {name}: plot.py writes this table -->", "<!-- end -->"
         pattern = re.compile(f"({re.escape(begin)}\n).*?({re.escape(end)})", re.DOTALL)
-        text = pattern.sub(lambda match, new=markdown: f"{match[1]}\n{new}\n\n{match[2]}", text)
+        text = pattern.sub(lambda match, new=new: f"{match[1]}\n{new}\n\n{match[2]}", text)
     return text
 
 
@@ -477,17 +478,17 @@ def main(args: Args):
     for name in args.pages:
         if not (ROOT / name).exists():
             sys.exit(f"plot.py: there is no page {name}")
-    tables = {}
+    data, tables = {}, {}
     for name in args.claims or CLAIMS:
         path = results / f"{name}.csv"
         if not path.exists():
             print(f"not measured yet: {name}")
             continue
         claim = CLAIMS[name]
-        data = read(path, claim)
-        tables[name] = table(data, claim)
+        data[name] = read(path, claim)
+        tables[name] = table(data[name], claim)
         if not args.check:
-            draw(data, claim, path.with_suffix(".png"))
+            draw(data[name], claim, path.with_suffix(".png"))
             print(path.with_suffix(".png"))
         for kind in ("ablated", "readout"):
             studied = path.with_stem(f"{name}_{kind}")
@@ -502,11 +503,10 @@ def main(args: Args):
             [results / f"update_time{algorithm}_{task}.txt" for task in ("hopper", "humanoid")]
             for algorithm in ("", "_ppo")
         )
-        tables["overview"] = overview(results)
-        tables["short overview"] = overview(results, short=True)
-        path = results / "sac_and_bptt.csv"
-        if path.exists() and not args.check:
-            draw_first(read(path, CLAIMS[path.stem]), results / "overview.png")
+        tables["overview"] = overview(data)
+        tables["short overview"] = overview(data, short=True)
+        if "sac_and_bptt" in data and not args.check:
+            draw_first(data["sac_and_bptt"], results / "overview.png")
             print(results / "overview.png")
         if all(path.exists() for path in (*sac, *ppo)):
             tables |= {"speed": speed_table(sac), "speed of PPO": speed_table(ppo)}

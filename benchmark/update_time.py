@@ -91,7 +91,7 @@ class Args:
     compile: bool = False  # as in the scripts, on CUDA
     cudagraphs: bool = False  # as in the scripts, on CUDA
     rounds: int = 15  # turns of each method; a third of it for PPO and runs, whose turns are longer
-    updates: int = 10  # updates in a turn of SAC and TD3
+    updates: int = 10  # updates in a turn of SAC, TD3 and flows; one for PPO
     num_threads: int = 1  # CPU threads of torch
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
 
@@ -196,7 +196,7 @@ def catch(modules, name, **options):
 
 
 def run_time(modules, name, first, steps, updates=True, **options):
-    """Milliseconds of an environment step, over about `steps` of them after step `first`."""
+    """Milliseconds of an environment step, from the first log after step `first` to the last."""
 
     def update(agent, own_update, *args):
         return own_update(*args) if updates else {}
@@ -244,7 +244,7 @@ def take_turns(measures, rounds):
 
 
 def print_table(title, times):
-    """Medians, ratios to memoryless and S2PG, and those to the baseline with their quartiles."""
+    """Medians; ratios to memoryless, S2PG or Gaussian; those to the baseline with quartiles."""
     bases = [base for base in ("memoryless", "S2PG", "Gaussian") if base in times]
     print(f"\n{title:38s} {'median':>7s}", *(f"{f'x {base}':>13s}" for base in bases))
     for name, own in times.items():
@@ -279,7 +279,7 @@ def update_table(algorithm, methods, options, args):
 def runs_table(algorithm, methods, num_envs, options, args):
     sizes = dict(first=600, steps=300, learning_starts=500, batch_size=args.batch_size)
     if algorithm == "ppo":
-        sizes = dict(first=2048, steps=2048, num_steps=2048 // num_envs)
+        sizes = dict(first=1, steps=4096, num_steps=2048 // num_envs)  # the first rollout warms up
     measures, idle = {}, ", no updates"
     for name, method in methods.items():
         if name.removesuffix(" before") in IN_RUNS:
@@ -293,7 +293,8 @@ def runs_table(algorithm, methods, num_envs, options, args):
     whole = [f"{name} {speed}" for name, speed in speeds.items() if not name.endswith(idle)]
     print("environment steps per second:", ", ".join(whole))
     alone = [f"{n.removesuffix(idle)} {speed}" for n, speed in speeds.items() if n.endswith(idle)]
-    print("rows per second:", ", ".join(alone).replace(", L = 32", "").replace(", all", ""))
+    alone = ", ".join(alone).replace(", L = 32", "").replace(", all", "")
+    print("environment steps per second without updates:", alone)
 
 
 def main(args: Args):

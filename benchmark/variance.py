@@ -33,20 +33,13 @@ K_Z, ACTION_STD, GAMMA = 0.5, 0.5, 0.99
 
 @dataclasses.dataclass
 class Args:
-    trajectories: int = 20_000
-    """that a variance is measured with"""
-    horizons: tuple[int, ...] = (1, 3, 10, 30, 100)
-    """values of T"""
-    z_ns: tuple[float, ...] = (0.5, 0.9, 1.0, 1.05, 1.2)
-    """values of Zn, the recurrence of the memory"""
-    memory_std: float = 0.5
-    """of the memory of S2PG"""
-    memory_stds: tuple[float, ...] = (0.05, 0.1, 0.15, 0.3, 1.0)
-    """the same, to vary it where the recurrence contracts, Zn < 1"""
-    seed: int = 0
-    """of all random numbers"""
-    out: str = "benchmark/results/variance"
-    """path of the CSV and of the picture, without the suffix"""
+    trajectories: int = 20_000  # that a variance is measured with
+    horizons: tuple[int, ...] = (1, 3, 10, 30, 100)  # values of T
+    z_ns: tuple[float, ...] = (0.5, 0.9, 1.0, 1.05, 1.2)  # values of Zn, the memory's recurrence
+    memory_std: float = 0.5  # of the memory of S2PG
+    memory_stds: tuple[float, ...] = (0.05, 0.1, 0.15, 0.3, 1.0)  # more of them, where Zn < 1
+    seed: int = 0  # of all random numbers
+    out: str = "benchmark/results/variance"  # path of the CSV and the picture, without suffix
 
 
 # --- estimators -----------------------------------------------------------------------------------

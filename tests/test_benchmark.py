@@ -238,7 +238,7 @@ def test_runs_from_before_a_change_of_the_defaults_are_not_taken_for_done(monkey
     with pytest.raises(SystemExit, match=r"was run with critic_lr 0.001, which is 0.5 now"):
         sweep.check_unchanged(own)
     monkeypatch.setattr(sweep, "is_done", lambda run: True)
-    for module in (sweep, collect):
+    for module in (sweep, collect, memory):
         with pytest.raises(SystemExit, match="move that folder away"):
             call(module, "smoke")
 
@@ -407,6 +407,19 @@ def test_what_is_timed_is_the_update_of_a_run(name, monkeypatch):
     assert update_time.run_time(modules, name, 100, 100, updates=False, **options) > 0
 
 
+def test_a_run_of_ppo_is_long_enough_to_be_timed(monkeypatch, capsys):
+    """Its rollouts have fewer steps than rows, as episodes end."""
+
+    def once(measures, rounds):
+        return {name: measure(updates=False) for name, measure in measures.items()}
+
+    monkeypatch.setattr(update_time, "take_turns", once)
+    methods = {"S2PG": dict(name="s2pg_ppo", modules={"s2pg_ppo": s2pg_ppo})}
+    options = dict(env_id="InvertedPendulum-v4", cuda=False)
+    update_time.runs_table("ppo", methods, 16, options, update_time.Args())
+    assert "environment steps per second without updates: S2PG " in capsys.readouterr().out
+
+
 def test_what_update_time_prints_becomes_the_tables_of_speed(monkeypatch, capsys):
     checkouts = []
 
@@ -434,6 +447,17 @@ def test_what_update_time_prints_becomes_the_tables_of_speed(monkeypatch, capsys
     header, _, *lines = plot.rollout_table([Path("a.txt")]).splitlines()
     assert header == "|  | 1 environment | 4 environments | 16 environments |"
     assert lines[0] == "| Hopper-v4, memoryless | 1000 | 1000 | 1000 |" and len(lines) == 6
+
+
+def test_in_the_table_of_speed_each_number_is_below_its_task():
+    files = {"Hopper-v4": ("memoryless", "S2PG, critic"), "Ant-v4": ("S2PG, Sobolev", "memoryless")}
+    for name, methods in files.items():
+        lines = [f"{method:38s} {name[0]} 1 2" for method in methods]
+        Path(name).write_text("\n".join([f"{name} on a CPU\n", "SAC, ms per step", *lines]))
+    assert plot.speed_table([Path(name) for name in files]).splitlines()[2:] == [
+        "| memoryless SAC | H | 1 | 2 | A | 1 | 2 |",
+        "| S2PG-SAC, Sobolev |  |  |  | A | 1 | 2 |",  # what older files had of parts is left out
+    ]
 
 
 def evaluated(path, steps, seed=1, finished=True, **options):
@@ -471,7 +495,7 @@ def test_rows_of_runs_that_are_elsewhere_are_kept_if_asked_for(columns):
     for text in ("", "seed,step\n1,2\n"):
         path.write_text(text)
         with pytest.raises(SystemExit, match=r"a\.csv is no CSV of collect.py"):
-            call(collect, "--runs", "new 2", "--csv", "a.csv", "--add")
+            call(collect, "--runs", "new 2", "--csv", "a.csv")
         assert path.read_text() == text
 
 
@@ -543,11 +567,31 @@ def test_seeds_without_a_common_step_are_answered_in_a_sentence():
         plot.read("a.csv", Claim("", {}, []))
 
 
+def test_a_run_killed_in_its_last_evaluation_is_named(monkeypatch, capsys):
+    """Its checkpoint says that it is done, and it shortens the table of all seeds."""
+    _, killed = runs = smoke(methods=("S2PG-SAC",))
+    monkeypatch.setattr(sweep, "is_done", lambda run: run in runs)
+    monkeypatch.setattr(sweep, "check_unchanged", lambda run: None)
+    for seed, run in enumerate(runs, 1):
+        folder = run.folder / "runs" / "a"
+        folder.parent.mkdir(parents=True)
+        evaluated(folder, [100, 200], seed, finished=run != killed, total_timesteps=200)
+        (folder / "checkpoint.pt").touch()
+        (run.folder / "machine.json").write_text('{"versions": {}, "commit": "", "hardware": ""}')
+    call(collect, "smoke", "--results", ".")
+    said = re.findall("killed in its last evaluation: (.*)", capsys.readouterr().out)
+    assert said == [f"S2PG-SAC, {killed.folder.name}"]
+    call(plot, "--csv", "smoke.csv")
+    said = capsys.readouterr().err
+    assert said == "plot.py: smoke.csv: not all seeds of S2PG-SAC were evaluated at step 200\n"
+
+
 # --- plot.py --------------------------------------------------------------------------------------
 
 
-def test_the_tables_of_the_pages_are_those_of_the_csvs():
+def test_the_tables_of_the_pages_are_those_of_the_csvs(capsys):
     call(plot, "--check")
+    assert not capsys.readouterr().err  # no table is cut short
 
 
 def test_tables_go_between_their_marks_and_nowhere_else():
@@ -612,15 +656,12 @@ def test_a_table_has_each_seed_and_levels_without_a_curve():
 
 
 def test_the_first_table_has_means_and_what_is_best_with_each_seed_in_bold(monkeypatch):
-    claim = Claim("", dict.fromkeys("abc", ""), ["--env-id Here-v0"])
     curves = {
         label: curve([[1, 2]] * 2, [[100, end] for end in ends], steps=(10_000, 20_000))
         for label, ends in dict(a=(20, 31), b=(10, 21), c=(5, 15), e=(7, 9)).items()
     }
     curves["d"] = curve([[1]] * 2, [[100], [100]], steps=[10_000])
-    Path("one.csv").touch()
-    monkeypatch.setattr(plot, "read", lambda path, claim: {"Here-v0": curves})
-    monkeypatch.setattr(plot, "CLAIMS", {"one": claim, "later": claim})
+    data = {"one": {"Here-v0": curves}}
     monkeypatch.setattr(plot, "OVERVIEW", [
         Line("all three", "one", "Here-v0", "a", "b", "c"),
         Line("two of them", "one", "Here-v0", "a", None, "c", True),
@@ -629,7 +670,7 @@ def test_the_first_table_has_means_and_what_is_best_with_each_seed_in_bold(monke
         Line("one is shorter", "one", "Here-v0", "d", "b", "c"),
         Line("one alone", "one", "Here-v0", "e", "f", "c2"),
     ])  # fmt: skip
-    assert plot.overview(Path()).splitlines()[2:] == [
+    assert plot.overview(data).splitlines()[2:] == [
         "| all three | 20,000 | 25.5 | 15.5 | 10.0 | `one` |",  # 20 is not above 21
         "| two of them | 20,000 | **25.5** |  | 10.0 | `one` |",
         "| no run yet |  |  |  |  | `later` |",
@@ -637,7 +678,7 @@ def test_the_first_table_has_means_and_what_is_best_with_each_seed_in_bold(monke
         "| one is shorter | 20,000 | **100** after 10,000 | 15.5 | 10.0 | `one` |",
         "| one alone | 20,000 | 8.0 |  |  | `one` |",
     ]
-    (line,) = plot.overview(Path(), short=True).splitlines()[2:]
+    (line,) = plot.overview(data, short=True).splitlines()[2:]
     assert line == "| two of them | 20,000 | **25.5** |  | 10.0 | `one` |"
 
 

@@ -216,7 +216,7 @@ same_random_numbers = torch._inductor.config.patch(fallback_random=True)
 
 @needs_card
 @variants
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @same_random_numbers
 def test_on_a_card_replayed_actions_and_updates_are_the_actions_and_updates(
     script, options, compiled

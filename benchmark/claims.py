@@ -383,6 +383,8 @@ CLAIMS = {
             "--model-length 2 --warmup-steps 5000 --env-id HalfCheetah-v4",
         ],
         seeds=3,
+        threshold={"InvertedDoublePendulum-v4": 9000},
+        clock=False,  # beside other runs
     ),
     "point_mass": Claim(
         "How often is a goal reached that is long out of sight, or behind doors that are?",

@@ -416,7 +416,7 @@ class Graphed:
             if torch.is_tensor(arg):
                 static.copy_(arg)
         self.calls += 1
-        if self.calls < 4:  # on a side stream: these create what the graph reuses
+        if self.calls < 4:  # warm-up on a side stream, as torch.cuda.graph asks for
             torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()):
                 result = self.function(*self.args)
@@ -506,9 +506,9 @@ def train(args):
     (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
-    stopped_by = []
+    stopped_by = []  # signals that asked to stop; nohup ignores SIGHUP, Windows has none
     for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:  # as by nohup
+        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
     # a resumed run goes on from its last update: the rows after that are played anew
@@ -577,7 +577,7 @@ def train(args):
 
 
 def parse_args():
-    """The command line over its defaults: those of its --env-id, or the options of its --resume."""
+    """The options. --env-id and --resume are read first: they give the defaults of the others."""
     unchecked = type("Args", (Args,), dict(__post_init__=lambda self: None))
     asked = tyro.cli(unchecked, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
     options = TUNED.get(asked.env_id.split("-")[0], {})

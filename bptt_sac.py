@@ -41,7 +41,7 @@ class Args:
     env_id: str = "InvertedPendulum-v4"  # [task] id or module:Id-v0; sets defaults
     env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the environment: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
-    privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, h)
+    privileged_critic: bool = True  # the critic sees the whole state, or no more than the policy
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
 
@@ -139,8 +139,7 @@ class RecurrentActor(nn.Module):
         features = torch.cat([torch.relu_(self.policy_obs(obs)), h], -1)
         head = self.policy_head(torch.relu_(self.policy_hidden(features)))
         mean, log_std = head.chunk(2, -1)
-        half_range = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
-        return mean, LOG_STD_MIN + half_range * (torch.tanh(log_std) + 1)
+        return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (log_std.tanh() + 1)
 
     def sample(self, obs, h):
         """Reparameterised a [B, A], with log pi [B]."""
@@ -231,7 +230,7 @@ class SequenceBuffer:
 
     def __init__(self, size, num_envs, obs_dim, critic_dim, z_dim, action_dim, device):
         self.num_envs, self.slots, self.device = num_envs, size // num_envs, device
-        self.widths = [obs_dim, critic_dim, z_dim, action_dim, 1, 1, 1]
+        self.widths = [obs_dim, critic_dim, z_dim, action_dim, 1, 1, 1]  # critic_dim 0: not stored
         shape = self.slots * num_envs, sum(self.widths)
         try:
             self.rows = torch.zeros(shape, device=device)
@@ -257,11 +256,10 @@ class SequenceBuffer:
     def sample(self, batch_size, length, last):
         """Sequences around uniformly drawn rows; about `batch_size` of their rows have a loss."""
         batch_size = batch_size if last else max(1, batch_size // length)
-        # neither the newest rows, which lack a successor, nor the oldest, which lack a predecessor
+        # a step with a predecessor and a successor; its fraction picks the environment
         stored = self.steps.clamp(max=self.slots)
         offset = torch.rand(batch_size, dtype=torch.float64, device=self.device) * (stored - 2)
         row = ((self.steps - stored + 1 + offset) * self.num_envs).long()
-
         # so many rows before it belong to the same episode, and are still there
         step = torch.arange(length + 1, device=self.device).unsqueeze(-1) * self.num_envs
         before = row - step[:-1]
@@ -373,7 +371,7 @@ class BPTTSAC(nn.Module):
             torch._foreach_lerp_(targets, online, args.tau)
 
         losses = dict(
-            qf_values=(batch.weight * q).sum() / 2, qf_loss=qf_loss, actor_loss=pi_loss,
+            qf_values=(batch.weight * q.mean(0)).sum(), qf_loss=qf_loss, actor_loss=pi_loss,
             alpha=alpha, entropy=entropy,
         )  # fmt: skip
         return {f"losses/{name}": value.detach() for name, value in losses.items()}
@@ -405,7 +403,7 @@ class Graphed:
             if torch.is_tensor(arg):
                 static.copy_(arg)
         self.calls += 1
-        if self.calls < 4:  # on a side stream: these create what the graph reuses
+        if self.calls < 4:  # warm-up on a side stream, as torch.cuda.graph asks for
             torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()):
                 result = self.function(*self.args)
@@ -505,9 +503,9 @@ def train(args):
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     bar.write(f"random actions until step {args.learning_starts}, updates from {first_update} on")
-    stopped_by = []
+    stopped_by = []  # signals that asked to stop; nohup ignores SIGHUP, Windows has none
     for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:  # as by nohup
+        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
     start_time, updates_due, metrics, leaving = time.time() - seconds, 0, {}, False
@@ -522,7 +520,7 @@ def train(args):
         if global_step < args.learning_starts:
             action = 2 * torch.rand_like(action) - 1
         a = action.cpu().numpy()
-        for _ in range(updates_due):  # a CUDA card works on them while the environment steps
+        for _ in range(updates_due):  # a CUDA card works on them during env.step, as `a` is here
             metrics = agent.update(buffer)
         try:
             obs, reward, terminated, truncated, info = env.step(a)
@@ -570,7 +568,7 @@ def train(args):
 
 
 def parse_args():
-    """The command line over its defaults: those of its --env-id, or the options of its --resume."""
+    """The options. --env-id and --resume are read first: they give the defaults of the others."""
     unchecked = type("Args", (Args,), dict(__post_init__=lambda self: None))
     asked = tyro.cli(unchecked, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
     options = TUNED.get(asked.env_id.split("-")[0], {})

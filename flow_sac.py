@@ -46,7 +46,7 @@ class Args:
     env_id: str = "InvertedPendulum-v4"  # [task] id or module:Id-v0; sets defaults
     env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the environment: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
-    privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, z)
+    privileged_critic: bool = True  # the critic sees the whole state, or no more than the policy
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
 
@@ -63,7 +63,7 @@ class Args:
     alpha_lr: float = 1e-3  # learning rate of log alpha; the target entropy is 0, -A for a Gaussian
     alpha_z: float = 0.01  # initial temperature of the internal state
     alpha_z_lr: float = 3e-4  # learning rate of log alpha_z
-    target_entropy_z: float = -1.0  # nats per component of z: -1 is a std of .09, -3 of .012
+    target_entropy_z: float = -1.0  # nats per component of z, log std + 1.4: -1 is a std of .09
 
     velocity: Literal["mlp", "flow_g", "flow_t", "none"] = "flow_g"  # [networks] "none": a Gaussian
     flow_steps: int = 4  # K, steps from noise to an action; a Gaussian has one
@@ -306,7 +306,7 @@ class Transitions(NamedTuple):
     terminated: torch.Tensor  # [B], 0 or 1
     next_obs: torch.Tensor  # [B, O]
     next_state: torch.Tensor  # [B, S]
-    next_z: torch.Tensor  # [B, Z], of which a loss may take the slope
+    next_z: torch.Tensor  # [B, Z]; a loss may take the derivative by it
     after: torch.Tensor  # [B], where the successors lie
     weight: torch.Tensor  # [B], sums to 1; 0 for a row that is no transition
 
@@ -325,7 +325,7 @@ class TransitionBuffer:
 
     def __init__(self, size, num_envs, obs_dim, critic_dim, z_dim, action_dim, device):
         self.num_envs, self.slots, self.device = num_envs, size // num_envs, device
-        self.widths = [obs_dim, critic_dim, z_dim, action_dim, 1, 1, 1]
+        self.widths = [obs_dim, critic_dim, z_dim, action_dim, 1, 1, 1]  # critic_dim 0: not stored
         shape = self.slots * num_envs, sum(self.widths)
         try:
             self.rows = torch.zeros(shape, device=device)
@@ -350,7 +350,7 @@ class TransitionBuffer:
 
     def sample(self, batch_size):
         """Transitions [batch_size], drawn uniformly with replacement."""
-        # neither the newest rows, which lack a successor, nor the oldest, which lack a predecessor
+        # a step with a predecessor and a successor; its fraction picks the environment
         stored = self.steps.clamp(max=self.slots)
         offset = torch.rand(batch_size, dtype=torch.float64, device=self.device) * (stored - 2)
         row = ((self.steps - stored + 1 + offset) * self.num_envs).long()
@@ -480,7 +480,7 @@ class FlowSAC(nn.Module):
         buffer.refresh(batch, z_new)  # drawn for the actor loss, just before the actor's step
 
         losses = dict(
-            qf_values=(batch.weight * q).sum() / 2, qf_loss=qf_loss, actor_loss=pi_loss,
+            qf_values=(batch.weight * q.mean(0)).sum(), qf_loss=qf_loss, actor_loss=pi_loss,
             alpha=alpha, alpha_z=alpha_z, entropy=entropy, entropy_z=entropy_z,
         )  # fmt: skip
         return {f"losses/{name}": value.detach() for name, value in losses.items()}
@@ -512,7 +512,7 @@ class Graphed:
             if torch.is_tensor(arg):
                 static.copy_(arg)
         self.calls += 1
-        if self.calls < 4:  # on a side stream: these create what the graph reuses
+        if self.calls < 4:  # warm-up on a side stream, as torch.cuda.graph asks for
             torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()):
                 result = self.function(*self.args)
@@ -612,9 +612,9 @@ def train(args):
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     bar.write(f"random actions until step {args.learning_starts}, updates from {first_update} on")
-    stopped_by = []
+    stopped_by = []  # signals that asked to stop; nohup ignores SIGHUP, Windows has none
     for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:  # as by nohup
+        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
     start_time, updates_due, metrics, leaving = time.time() - seconds, 0, {}, False
@@ -681,7 +681,7 @@ def train(args):
 
 
 def parse_args():
-    """The command line over its defaults: those of its --env-id, or the options of its --resume."""
+    """The options. --env-id and --resume are read first: they give the defaults of the others."""
     unchecked = type("Args", (Args,), dict(__post_init__=lambda self: None))
     asked = tyro.cli(unchecked, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
     options = TUNED.get(asked.env_id.split("-")[0], {})

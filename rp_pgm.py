@@ -200,8 +200,7 @@ class GaussianActor(nn.Module):
     def forward(self, x):
         """Mean and log std of a before the tanh, both [B, A]."""
         mean, log_std = self.net(x).chunk(2, -1)
-        half_range = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
-        return mean, LOG_STD_MIN + half_range * (torch.tanh(log_std) + 1)
+        return mean, LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (log_std.tanh() + 1)
 
     def sample(self, x):
         """Reparameterised a [B, A], with log pi [B]."""
@@ -457,7 +456,7 @@ class RPPGM(nn.Module):
             torch._foreach_lerp_(targets, online, args.tau)
 
         losses |= dict(
-            qf_values=(batch.weight * q).sum() / 2, qf_loss=qf_loss, actor_loss=pi_loss,
+            qf_values=(batch.weight * q.mean(0)).sum(), qf_loss=qf_loss, actor_loss=pi_loss,
             alpha=alpha, entropy=entropy,
         )  # fmt: skip
         return {f"losses/{name}": value.detach() for name, value in losses.items()}
@@ -512,7 +511,7 @@ class Graphed:
             if torch.is_tensor(arg):
                 static.copy_(arg)
         self.calls += 1
-        if self.calls < 4:  # on a side stream: these create what the graph reuses
+        if self.calls < 4:  # warm-up on a side stream, as torch.cuda.graph asks for
             torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()):
                 result = self.function(*self.args)
@@ -613,9 +612,9 @@ def train(args):
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", dynamic_ncols=True)
     bar.write(f"random actions until step {args.learning_starts}, updates from {first_update} on")
     measures = {agent.variances: args.grad_var_every, agent.lipschitz: args.lipschitz_every}
-    stopped_by = []
+    stopped_by = []  # signals that asked to stop; nohup ignores SIGHUP, Windows has none
     for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:  # as by nohup
+        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
     start_time, updates_due, metrics, leaving = time.time() - seconds, 0, {}, False
@@ -628,7 +627,7 @@ def train(args):
         if global_step < args.learning_starts:
             action = 2 * torch.rand_like(action) - 1
         a = action.cpu().numpy()
-        for _ in range(updates_due):  # a CUDA card works on them while the environment steps
+        for _ in range(updates_due):  # a CUDA card works on them during env.step, as `a` is here
             warm_up = global_step < args.warmup_steps
             metrics = agent.warm_up(buffer) if warm_up else agent.update(buffer)
         try:
@@ -682,7 +681,7 @@ def train(args):
 
 
 def parse_args():
-    """The command line over its defaults: those of its --env-id, or the options of its --resume."""
+    """The options. --env-id and --resume are read first: they give the defaults of the others."""
     unchecked = type("Args", (Args,), dict(__post_init__=lambda self: None))
     asked = tyro.cli(unchecked, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
     options = TUNED.get(asked.env_id.split("-")[0], {})

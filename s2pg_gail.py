@@ -503,7 +503,7 @@ class Graphed:
             if torch.is_tensor(arg):
                 static.copy_(arg)
         self.calls += 1
-        if self.calls < 4:  # on a side stream: these create what the graph reuses
+        if self.calls < 4:  # warm-up on a side stream, as torch.cuda.graph asks for
             torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()):
                 result = self.function(*self.args)
@@ -609,9 +609,9 @@ def train(args):
             eval_env.score(agent, args.eval_episodes, args.seed, writer, 0)
             writer.add_scalar("charts/seconds", seconds, 0)
         start_time = time.time() - seconds
-    stopped_by = []
+    stopped_by = []  # signals that asked to stop; nohup ignores SIGHUP, Windows has none
     for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:  # as by nohup
+        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
     obs, _ = env.reset(seed=1000 * args.seed + global_step)  # a resumed run: new episodes
@@ -678,7 +678,7 @@ def train(args):
 
 
 def parse_args():
-    """The command line over its defaults: those of its --env-id, or the options of its --resume."""
+    """The options. --env-id and --resume are read first: they give the defaults of the others."""
     unchecked = type("Args", (Args,), dict(__post_init__=lambda self: None))
     asked = tyro.cli(unchecked, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
     options = TUNED.get(asked.env_id.split("-")[0], {})

@@ -42,7 +42,7 @@ class Args:
     env_id: str = "InvertedPendulum-v4"  # [task] id or module:Id-v0; sets defaults
     env_kwargs: list[tuple[str, str]] = field(default_factory=list)  # of the environment: wind True
     hide: Literal["none", "velocities", "positions"] = "none"  # hidden from the policy, in MuJoCo
-    privileged_critic: bool = True  # the critic sees the whole state, otherwise (o, z)
+    privileged_critic: bool = True  # the critic sees the whole state, or no more than the policy
     num_envs: int = 1  # environments stepped together
     total_timesteps: int = 1_000_000  # environment steps, over all environments
 
@@ -64,7 +64,7 @@ class Args:
     alpha_lr: float = 3e-4  # learning rate of log alpha; the target entropy is -A
     alpha_z: float = 0.01  # initial temperature of the internal state
     alpha_z_lr: float = 3e-4  # learning rate of log alpha_z
-    target_entropy_z: float = -1.0  # nats per component of z: -1 is a std of .09, -3 of .012
+    target_entropy_z: float = -1.0  # nats per component of z, log std + 1.4: -1 is a std of .09
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # [networks] recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
@@ -122,8 +122,8 @@ class StochasticStatefulActor(nn.Module):
     """The joint policy pi(a, z' | o, z, a_prev), a squashed diagonal Gaussian.
 
     A recurrent cell gives g, the next internal state without noise. The kernel spreads z' around g.
-    The stateless policy reads (o, g), and its head also gives the std of z'. a does not depend on
-    the sample z': they are independent given (o, z, a_prev), so a stored a fits a refreshed z'.
+    The stateless policy reads (o, g), of an LSTM's g only h; its head also gives the std of z'.
+    Given (o, z, a_prev), a and z' are independent, so a stored a still fits a refreshed z'.
 
     o [B, O]; z, z', g [B, Z] and a, a_prev [B, A] in (-1, 1); for an LSTM z = (h, tanh c).
     """
@@ -162,8 +162,8 @@ class StochasticStatefulActor(nn.Module):
         features = torch.cat([torch.relu_(self.policy_obs(obs)), g[..., : self.state_dim]], -1)
         head = self.policy_head(torch.relu_(self.policy_hidden(features)))
         mean_a, log_std = head.split([self.action_dim, self.action_dim + self.z_dim], -1)
-        mean, half_range = torch.cat([mean_a, atanh(g)], -1), 0.5 * (self.log_std_max - LOG_STD_MIN)
-        return mean, LOG_STD_MIN + half_range * (torch.tanh(log_std) + 1)
+        mean = torch.cat([mean_a, atanh(g)], -1)  # tanh(mean) is the noise-free a, and g
+        return mean, LOG_STD_MIN + 0.5 * (self.log_std_max - LOG_STD_MIN) * (log_std.tanh() + 1)
 
     def sample(self, obs, z, a_prev):
         """Reparameterised a [B, A] and z' [B, Z], with log pi_a [B] and log pi_z [B]."""
@@ -251,7 +251,7 @@ class Transitions(NamedTuple):
     terminated: torch.Tensor  # [B], 0 or 1
     next_obs: torch.Tensor  # [B, O]
     next_state: torch.Tensor  # [B, S]
-    next_z: torch.Tensor  # [B, Z], of which a loss may take the slope
+    next_z: torch.Tensor  # [B, Z]; a loss may take the derivative by it
     after: torch.Tensor  # [B], where the successors lie
     weight: torch.Tensor  # [B], sums to 1; 0 for a row that is no transition
 
@@ -270,7 +270,7 @@ class TransitionBuffer:
 
     def __init__(self, size, num_envs, obs_dim, critic_dim, z_dim, action_dim, device):
         self.num_envs, self.slots, self.device = num_envs, size // num_envs, device
-        self.widths = [obs_dim, critic_dim, z_dim, action_dim, 1, 1, 1]
+        self.widths = [obs_dim, critic_dim, z_dim, action_dim, 1, 1, 1]  # critic_dim 0: not stored
         shape = self.slots * num_envs, sum(self.widths)
         try:
             self.rows = torch.zeros(shape, device=device)
@@ -295,7 +295,7 @@ class TransitionBuffer:
 
     def sample(self, batch_size):
         """Transitions [batch_size], drawn uniformly with replacement."""
-        # neither the newest rows, which lack a successor, nor the oldest, which lack a predecessor
+        # a step with a predecessor and a successor; its fraction picks the environment
         stored = self.steps.clamp(max=self.slots)
         offset = torch.rand(batch_size, dtype=torch.float64, device=self.device) * (stored - 2)
         row = ((self.steps - stored + 1 + offset) * self.num_envs).long()
@@ -460,7 +460,7 @@ class Graphed:
             if torch.is_tensor(arg):
                 static.copy_(arg)
         self.calls += 1
-        if self.calls < 4:  # on a side stream: these create what the graph reuses
+        if self.calls < 4:  # warm-up on a side stream, as torch.cuda.graph asks for
             torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()):
                 result = self.function(*self.args)
@@ -566,9 +566,9 @@ def train(args):
     expert_return = np.mean([episode["rewards"].sum() for episode in episodes])
     writer.add_scalar("charts/expert_return", expert_return, global_step)
     bar.write(f"random actions until step {args.learning_starts}, updates from {first_update} on")
-    stopped_by = []
+    stopped_by = []  # signals that asked to stop; nohup ignores SIGHUP, Windows has none
     for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:  # as by nohup
+        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
     start_time, updates_due, metrics, leaving = time.time() - seconds, 0, {}, False
@@ -583,7 +583,7 @@ def train(args):
         if global_step < args.learning_starts:
             action = 2 * torch.rand_like(action) - 1
         a = action.cpu().numpy()
-        for _ in range(updates_due):  # a CUDA card works on them while the environment steps
+        for _ in range(updates_due):  # a CUDA card works on them during env.step, as `a` is here
             metrics = agent.update(buffer, expert)
         try:
             obs, _, terminated, truncated, info = env.step(a)
@@ -631,7 +631,7 @@ def train(args):
 
 
 def parse_args():
-    """The command line over its defaults: those of its --env-id, or the options of its --resume."""
+    """The options. --env-id and --resume are read first: they give the defaults of the others."""
     unchecked = type("Args", (Args,), dict(__post_init__=lambda self: None))
     asked = tyro.cli(unchecked, args=[o for o in sys.argv[1:] if o not in ("-h", "--help")])
     options = TUNED.get(asked.env_id.split("-")[0], {})

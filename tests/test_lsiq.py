@@ -46,7 +46,7 @@ def test_the_loss_of_the_critic(loss, expert_target, absorbing, scale):
     options = dict(loss=loss, expert_target=expert_target, absorbing=absorbing)
     agent = lsiq(**options, regularizer=0.25, gamma=0.9)
     with torch.no_grad():  # values within their bounds of 4 / (1 - .9) = 40, and beyond
-        agent.target_critic.layers[-1].copy_(scale * torch.randn(2, 1, 1).abs())
+        agent.target_critic.layers[-1].copy_(scale * (1 + torch.rand(2, 1, 1)))
     batch, alpha = lsiq_batch(), torch.tensor(0.3)
     torch.manual_seed(5)
     value, q = s2pg_lsiq.lsiq_critic_loss(

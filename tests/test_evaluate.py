@@ -191,6 +191,7 @@ def test_a_run_that_cannot_be_played_is_answered_in_a_sentence(file, text, says,
     [
         (dict(export=Path("policy.onnx")), "FILE.pt2"),
         (dict(export=Path("policy.pt2"), capture_video=True), "plays nothing"),
+        (dict(export=Path("policy.pt2"), stochastic=True), "plays nothing"),
         (dict(save_demonstrations=Path("no/demo.npz")), "in a folder that there is"),
         (dict(episodes=0), "--episodes"),
     ],

@@ -325,6 +325,15 @@ def test_the_normaliser_has_the_mean_and_the_std_of_all_it_was_shown(num_envs):
     torch.testing.assert_close(norm(seen), (seen - seen.mean(0)) / std)
 
 
+def test_a_late_observation_still_moves_the_mean():
+    torch.set_default_dtype(torch.float32)  # as in a run, where it would round the step off
+    norm = rp_pgm.RunningNorm(1)
+    norm.count.fill_(1_000_000_000 - 1)
+    norm.mean.fill_(5.0)
+    norm.add(torch.tensor([[6.0]]))
+    assert norm.mean.item() == pytest.approx(5 + 1e-9, abs=1e-12)
+
+
 # --- spectral normalisation -----------------------------------------------------------------------
 
 

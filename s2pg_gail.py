@@ -584,15 +584,15 @@ def train(args):
     first_update = global_step + 1 if args.resume else args.num_steps * args.num_envs
     if args.total_timesteps < first_update:
         sys.exit(f"no update before step {first_update}: raise --total-timesteps")
-    if args.track:
-        import wandb
-
-        wandb.init(config=vars(args), id=run_dir.name[-64:], resume="allow", sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(run_dir / "lock", is_singleton=True).acquire(timeout=0)  # noqa: F841
     except Timeout:
         sys.exit(f"another process trains {run_dir}")
+    if args.track:
+        import wandb
+
+        wandb.init(config=vars(args), id=run_dir.name[-64:], resume="allow", sync_tensorboard=True)
     saved_args = vars(args) | dict(resume=None, script=Path(__file__).name)
     (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
     writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_demonstrations import Chance
 from torch.utils._pytree import tree_leaves
@@ -263,7 +264,9 @@ def test_tracking_names_the_run_and_without_wandb_says_what_is_missing(monkeypat
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     run = train(track=True, eval_frequency=0)
     train(track=True, eval_frequency=0, resume=str(run), total_timesteps=90)
-    assert len(told) == 2
+    with FileLock(run / "lock"), pytest.raises(SystemExit, match="another process trains"):
+        train(track=True, eval_frequency=0, resume=str(run), total_timesteps=120)
+    assert len(told) == 2  # a process that is refused tells it nothing
     for options in told:  # a resumed run goes on under its own name
         assert options["id"] == run.name[-64:] and options["resume"] == "allow"
         assert options["sync_tensorboard"] and options["config"]["env_kwargs"] == [("horizon", 5)]

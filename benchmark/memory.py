@@ -55,7 +55,7 @@ class Args:
     results: str = "benchmark/results"  # folder of the CSVs
     runs: tuple[str, ...] = ()  # folders of runs that are not of a claim
     csv: str = "my.csv"  # for those; "_ablated", "_probe" and "_readout" are added to the name
-    add: bool = False  # keep the rows of other runs that the CSVs have
+    add: bool = True  # keep the rows of other runs that the CSVs have
 
     def __post_init__(self):
         sweep.check_names("claim", self.claims, CLAIMS)

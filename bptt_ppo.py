@@ -49,7 +49,7 @@ class Args:
 
     num_steps: int = 2048  # [algorithm] rows of a rollout in each environment
     sequence_length: int = 32  # rows L that gradients flow through; 1: none through time
-    num_minibatches: int = 32  # gradient steps in an epoch, or as many as there are sequences
+    num_minibatches: int = 32  # gradient steps in an epoch, at most one per sequence
     update_epochs: int = 10  # epochs over a rollout
     learning_rate: float = 3e-4  # of actor and critic
     anneal_lr: bool = True  # the learning rate falls to zero, linearly over the run
@@ -60,7 +60,7 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy of a
     vf_coef: float = 0.5  # weight of the loss of V
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
-    target_kl: float = math.inf  # no further epoch where the policy has diverged by more
+    target_kl: float = math.inf  # no further epoch after one with a larger approx_kl
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # [networks] recurrent layer
     state_dim: int = 32  # size of the layer; an LSTM's z = (h, c) is twice as large
@@ -108,7 +108,7 @@ TUNED = {  # defaults that differ by task; options on the command line override 
 
 
 class RecurrentNetwork(nn.Module):
-    """Outputs of o_k (or s_k) and of the internal state h_k, which depends on a_{k-1}, too.
+    """A network of o_k (or s_k) and of the hidden state h_k, which depends on a_{k-1}, too.
 
     Shapes: o [T, B, O], normalised; a_prev [T, B, A]; h [T, B, H]; z, z' [B, Z]. z is the h before
     the first of T rows, z' that of the last; for an LSTM they are (h, c).
@@ -175,7 +175,7 @@ class RunningNormalizer(nn.Module):
         return ((x - self.mean) / self.std).clamp(-self.clip, self.clip)
 
     def update(self, x, weight):
-        """Take in rows x [..., .] of `weight` [...] 1 (Chan et al. 1979, parallel variance)."""
+        """Take in rows x [..., .], which count as `weight` [...] says (Chan et al. 1979)."""
         mean, var = moments(x, weight)
         delta, share = mean - self.mean, weight.sum() / (self.count + weight.sum())
         self.mean += share * delta
@@ -263,8 +263,8 @@ def make_batch(rollout, actor, critic, args):
 def gae(rollout, transition, gamma, gae_lambda):
     """Generalised advantage estimates [T, N] (Schulman et al. 2016, eq. 16).
 
-    Time limits are bootstrapped through, as only `terminated` cuts delta. The sum ends with the
-    episode, as its final row is no `transition` [T, N], and gets 0.
+    Time limits are bootstrapped through, as only `terminated` cuts delta. The final row of an
+    episode is no `transition` [T, N]: its advantage is 0, which ends the sum.
     """
     next_value = (1 - rollout.terminated[:-1]) * rollout.value[1:]
     delta = transition * (rollout.reward[:-1] + gamma * next_value - rollout.value[:-1])

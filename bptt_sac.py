@@ -199,7 +199,7 @@ class TwinCritic(nn.Module):
 
 
 class Sequences(NamedTuple):
-    """B rows of M sequences, and their successors; `state` is what the critic sees, s or (o, h)."""
+    """B rows of M sequences, and their successors; `state` is s, or o, to which `update` adds h."""
 
     all_obs: torch.Tensor  # [L + 1, M, O]
     all_a_prev: torch.Tensor  # [L + 1, M, A]

@@ -14,8 +14,8 @@ An exported policy needs torch and nothing of ours. It is without noise:
     while True:  # every about["seconds_per_step"]
         action, z = policy(obs, z, action)
 
-`obs` [obs_size] is what the policy sees, in the units of the environment, and so is `action`
-[action_size]; all are float32. See `Policy` for z, and `describe` for what policy.json holds.
+`obs` [obs_size], what the policy sees, and `action` [action_size] are in the units of the
+environment; all are float32. See `Policy` for z, and `describe` for what policy.json holds.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from torch import nn
 
 import envs
 import envs.demonstrations
-from envs.wrappers import Split, UnitActions, layer
+from envs.wrappers import Split, UnitActions, find_wrapper
 
 
 @dataclass
@@ -117,11 +117,11 @@ def load(run, num_envs, video_folder=None, best=False):
 def describe(saved, env, actor, box):
     """What policy.json holds: sizes, bounds of the action, options of the run.
 
-    `obs_index` has the places of obs in the environment's own observation, null if that is a Dict;
+    `obs_index` has the places of obs in the environment's own observation, null if unknown;
     `seconds_per_step` is the `dt` of the environment, null where there is none.
     """
     space, first = env.single_observation_space, getattr(env, "envs", [env])[0]
-    split, dt = layer(first, Split), getattr(first.unwrapped, "dt", None)
+    split, dt = find_wrapper(first, Split), getattr(first.unwrapped, "dt", None)
     return dict(
         env_id=saved["env_id"],
         obs_size=envs.views(getattr(space, "spaces", space))[0].shape[0],
@@ -137,7 +137,7 @@ def describe(saved, env, actor, box):
 
 def export(path, saved, env, actor):
     """Write the policy as a program of torch.export, whole or not at all."""
-    unit = layer(getattr(env, "envs", [env])[0], UnitActions)
+    unit = find_wrapper(getattr(env, "envs", [env])[0], UnitActions)
     box = env.single_action_space if unit is None else unit.box
     if (box.low == box.high).any():  # from what the environment does one cannot tell a_prev
         sys.exit("a policy with an action whose bounds are equal cannot be exported")

@@ -10,8 +10,8 @@ turn noise into an action, and the actor's loss is differentiated through all of
 As in a recurrent network, dQ/dx_0 is dQ/dx_K times K Jacobians. flow_g and flow_t shall bound it:
 
     flow_g   v = G (C - x), with a gate G and a candidate C, as in a gated recurrent cell
-    flow_t   v is a transformer's decoder block, whose memory is the observation
-    mlp      v is any network, the naive flow
+    flow_t   v is a transformer decoder of two layers, whose memory is the observation
+    mlp      v is a plain MLP, the naive flow
     none     one Gaussian step from 0: SAC, whose Q gets a_prev, too
 
 --critic crossq is the published critic. --state-dim gives the policy s2pg_sac.py's internal state.
@@ -107,7 +107,7 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
 
 class VelocityMLP(nn.Module):
-    """v(x, t, o) of two hidden layers. `context`, the part of o, is computed once for all steps.
+    """v(x, t, o) of two hidden layers. `context`, what the first does with o, serves all K steps.
 
     Shapes, here and below: x, v [B, A]; t [B, 1] in [0, 1); with an internal state o is (o, g).
     """
@@ -134,8 +134,8 @@ class VelocityG(nn.Module):
         nn.init.constant_(self.gate.bias, 5.0)  # an open gate: G = .993
 
     def forward(self, context, x, t):
-        gate, candidate = F.silu(context + self.step(torch.cat([x, t], -1))).chunk(2, -1)
-        return torch.sigmoid(self.gate(gate)) * (self.candidate(candidate) - x)
+        h_gate, h_candidate = F.silu(context + self.step(torch.cat([x, t], -1))).chunk(2, -1)
+        return torch.sigmoid(self.gate(h_gate)) * (self.candidate(h_candidate) - x)
 
 
 class VelocityT(nn.Module):
@@ -145,12 +145,12 @@ class VelocityT(nn.Module):
     and keys; what is read from the memory is the same in each step.
     """
 
-    def __init__(self, inputs, dim, width, layers=2):
+    def __init__(self, inputs, dim, width):
         super().__init__()
-        cross_attention = nn.Linear(width, layers * width)
+        cross_attention = nn.Linear(width, 2 * width)
         self.context = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), cross_attention)
         self.token, self.layers = nn.Linear(dim + 1, width), nn.ModuleList()
-        for _ in range(layers):
+        for _ in range(2):
             attention = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
             wide, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
             feed_forward = nn.Sequential(nn.LayerNorm(width), wide, nn.GELU(), narrow)

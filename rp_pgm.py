@@ -173,7 +173,7 @@ def power_iteration(net):
 def mlp(sizes, normalised=(), coef=1.0):
     """Linear layers with ReLUs between; SpectralNorm for those whose index is in `normalised`.
 
-    Weights are orthogonal, so that all layers begin with sigma = 1, normalised or not.
+    Weights are orthogonal, so that all layers begin with sigma = 1, normalised (c = 1) or not.
     """
     layers = []
     for k in range(len(sizes) - 1):

@@ -67,7 +67,7 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy of (a, z')
     vf_coef: float = 0.5  # weight of the loss of V
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
-    target_kl: float = math.inf  # no further epoch where the policy has diverged by more
+    target_kl: float = math.inf  # no further epoch after one with a larger approx_kl
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # [networks] recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
@@ -191,7 +191,7 @@ class RunningNormalizer(nn.Module):
         return ((x - self.mean) / self.std).clamp(-self.clip, self.clip)
 
     def update(self, x, weight):
-        """Take in rows x [..., .] of `weight` [...] 1 (Chan et al. 1979, parallel variance)."""
+        """Take in rows x [..., .], which count as `weight` [...] says (Chan et al. 1979)."""
         mean, var = moments(x, weight)
         delta, share = mean - self.mean, weight.sum() / (self.count + weight.sum())
         self.mean += share * delta
@@ -293,8 +293,8 @@ def make_batch(rollout, actor, critic, args):
 def gae(rollout, transition, gamma, gae_lambda):
     """Generalised advantage estimates [T, N] (Schulman et al. 2016, eq. 16).
 
-    Time limits are bootstrapped through, as only `terminated` cuts delta. The sum ends with the
-    episode, as its final row is no `transition` [T, N], and gets 0.
+    Time limits are bootstrapped through, as only `terminated` cuts delta. The final row of an
+    episode is no `transition` [T, N]: its advantage is 0, which ends the sum.
     """
     next_value = (1 - rollout.terminated[:-1]) * rollout.value[1:]
     delta = transition * (rollout.reward[:-1] + gamma * next_value - rollout.value[:-1])
@@ -366,7 +366,7 @@ class S2PGGAIL(nn.Module):
         self.critic = Critic(critic_dim, self.z_dim, action_dim)
         self.row_sizes = [obs_dim, critic_dim, self.z_dim, action_dim, action_dim + self.z_dim]
         self.to(device)
-        self.optimizer = torch.optim.Adam(
+        self.optimizer = torch.optim.Adam(  # of actor and critic: D does not exist yet
             self.parameters(), torch.tensor(args.learning_rate, device=device), eps=1e-5,
             fused=True, capturable=args.cudagraphs,
         )  # fmt: skip
@@ -410,7 +410,7 @@ class S2PGGAIL(nn.Module):
         return loss.detach()
 
     def judged_rows(self, rollout):
-        """What D sees, [s, a, 0] and once [0, 0, 1], the absorbing state; how often each counts."""
+        """Rows D sees, [s, a, 0], last the absorbing state [0, 0, 1]; and how often each counts."""
         action = rollout.sample[..., : self.action_dim].clamp(-1, 1)
         rows = torch.cat([self.normalizer(rollout.state), action], -1)[:-1]
         rows = F.pad(rows.flatten(0, 1), (0, 1, 0, 1))
@@ -434,7 +434,7 @@ class S2PGGAIL(nn.Module):
             logit, expert_logit = (self.discriminator(x).squeeze(-1) for x in (rows, drawn))
             # -log(1 - D + 1e-8), or log D - log(1 - D)
             reward = -(torch.sigmoid(-logit) + 1e-8).log() if args.reward == "gail" else logit
-            # that of the absorbing state, for ever, from the step after the last
+            # sum over k >= 1 of gamma^k r, r the reward of a step in the absorbing state
             forever = args.absorbing * reward[-1] * args.gamma / (1 - args.gamma)
             rollout.reward[:-1] = reward[:-1].view_as(rollout.reward[:-1])
             rollout.reward[:-1] += rollout.terminated[:-1] * forever
@@ -455,11 +455,14 @@ class S2PGGAIL(nn.Module):
         size = len(batch.weight) // minibatches
         for _ in range(args.update_epochs):
             order, total = torch.randperm(len(batch.weight), device=self.device), 0
+            # a rest of fewer rows than there are minibatches misses this epoch
             for index in order[: minibatches * size].view(minibatches, size):
                 total = total + self.learn(*(column[index] for column in batch))
             losses = dict(zip(LOSSES, total / minibatches))
             if losses["approx_kl"] > args.target_kl:
                 break
+
+        # the next rollout acts with new statistics, so that within one the policy is one policy
         self.actor.normalizer.update(rollout.obs[:-1], rows.weight)
         self.critic.normalizer.update(rollout.state[:-1], rows.weight)
         _, unexplained = moments(rows.returns - rows.old_value, rows.weight)
@@ -653,8 +656,8 @@ def train(args):
             rollout.finish(value, first)
             lr = args.learning_rate * (1 - args.anneal_lr * update_step / args.total_timesteps)
             agent.optimizer.param_groups[0]["lr"].fill_(lr)
-            metrics, update_step = agent.update(rollout, expert), global_step
-            metrics["charts/learning_rate"] = lr
+            metrics = agent.update(rollout, expert) | {"charts/learning_rate": lr}
+            update_step = global_step
             for name, value in metrics.items():
                 writer.add_scalar(name, value, global_step)
             writer.add_scalar("charts/SPS", global_step / (time.time() - start_time), global_step)

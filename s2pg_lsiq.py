@@ -2,8 +2,8 @@
 
 Al-Hafez, Tateo, Arenz, Zhao, Peters, "LS-IQ: Implicit Reward Regularization for Inverse
 Reinforcement Learning", ICLR 2023, with the policy of S2PG-SAC. Q(s, a, z') implies a reward Q - y,
-driven to r_max = 1/c where the expert is and to -1/c where the policy is, c = --regularizer. The
-internal state along the demonstrations is the policy's, refreshed like that of the replay buffer.
+driven to r_max = 1/c on the expert's rows and to r_min = -1/c on the policy's; c is --regularizer.
+The internal state of the expert's rows is the policy's, refreshed like that of the replay buffer.
 
     bootstrap  y = gamma (1 - d) clip(V', Q_min, Q_max), with Q_max = 1/(c (1 - gamma)) = -Q_min
                V' = min_i Q'_i(s', a'', z'') - alpha log pi_a(a'' | o', z', a)
@@ -50,7 +50,7 @@ class Args:
     demonstration_episodes: int | None = None  # how many to imitate, from the first; None: all
     loss: Literal["sqil_like", "iq_like"] = "sqil_like"  # of the critic, see above
     expert_target: Literal["fix", "bootstrap"] = "fix"  # of sqil_like: Q_max, or r_max + y
-    regularizer: float = 0.5  # c; rewards are within +-1/c, Q within +-1/(c (1 - gamma))
+    regularizer: float = 0.5  # c; rewards tend to +-1/c, targets are in +-1/(c (1 - gamma))
     absorbing: bool = True  # a terminated episode goes on in an absorbing state
 
     buffer_size: int = 1_000_000  # rows of the replay buffer, over all environments

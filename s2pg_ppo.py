@@ -13,7 +13,7 @@ is differentiated through time, and a minibatch is single transitions in any ord
 
 With --privileged-critic V sees the state s in place of o. Compare bptt_ppo.py by diff. Unlike
 CleanRL's PPO: ReLU and PyTorch's initialisation, advantages normalised over the rollout, Pop-Art in
-place of normalised rewards, no clipping of values, --target-kl over an epoch.
+place of normalised rewards, V after time limits, values not clipped, --target-kl over an epoch.
 
     python s2pg_ppo.py --env-id InvertedPendulum-v4 --total-timesteps 100000
     python s2pg_ppo.py --env-id Humanoid-v4 --num-envs 8 --seed 1
@@ -59,7 +59,7 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy of (a, z')
     vf_coef: float = 0.5  # weight of the loss of V
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
-    target_kl: float = math.inf  # no further epoch where the policy has diverged by more
+    target_kl: float = math.inf  # no further epoch after one with a larger approx_kl
 
     rnn: Literal["gru", "lstm", "rnn"] = "gru"  # [networks] recurrent cell
     state_dim: int = 32  # size of the cell; an LSTM's z = (h, c) is twice as large
@@ -186,7 +186,7 @@ class RunningNormalizer(nn.Module):
         return ((x - self.mean) / self.std).clamp(-self.clip, self.clip)
 
     def update(self, x, weight):
-        """Take in rows x [..., .] of `weight` [...] 1 (Chan et al. 1979, parallel variance)."""
+        """Take in rows x [..., .], which count as `weight` [...] says (Chan et al. 1979)."""
         mean, var = moments(x, weight)
         delta, share = mean - self.mean, weight.sum() / (self.count + weight.sum())
         self.mean += share * delta
@@ -274,8 +274,8 @@ def make_batch(rollout, actor, critic, args):
 def gae(rollout, transition, gamma, gae_lambda):
     """Generalised advantage estimates [T, N] (Schulman et al. 2016, eq. 16).
 
-    Time limits are bootstrapped through, as only `terminated` cuts delta. The sum ends with the
-    episode, as its final row is no `transition` [T, N], and gets 0.
+    Time limits are bootstrapped through, as only `terminated` cuts delta. The final row of an
+    episode is no `transition` [T, N]: its advantage is 0, which ends the sum.
     """
     next_value = (1 - rollout.terminated[:-1]) * rollout.value[1:]
     delta = transition * (rollout.reward[:-1] + gamma * next_value - rollout.value[:-1])

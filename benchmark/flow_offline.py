@@ -6,8 +6,8 @@ First come updates on the data alone, with flow matching in the actor's loss (Li
     L = E|v((1 - t) x_0 + t x_1, t, o) - (x_1 - x_0)|^2,   x_1 = atanh(a)
 
 Then flow_sac.py goes on online, with the data in its buffer and without random actions. In both
-phases --beta adds beta |a~ - a|^2 to that loss, a pull of the policy's action a~ towards that of
-the buffer. --noise fixed replaces the learned noise; a drift keeps it from spreading x_K:
+phases --beta adds beta |a~ - a|^2 to the actor's loss, a pull of its action a~ towards that of the
+buffer. --noise fixed replaces the learned noise; a drift keeps it from spreading x_K:
 
     x_{k+1} = x_k + (v + sigma^2 / 2 grad log p_t(x_k)) / K + sigma / sqrt(K) eps_k
     grad log p_t(x) = (t v - x) / (1 - t)
@@ -148,9 +148,10 @@ def fill(buffer, args, env):
 
 def offline(args, run_dir, agent, buffer, env, step, seconds):
     """The updates from `step` on, up to step 0, an evaluation, and a checkpoint to go on from."""
-    stopped_by = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
+    stopped_by = []  # signals that asked to stop; nohup ignores SIGHUP, Windows has none
+    for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
     writer = SummaryWriter(run_dir, purge_step=step + 1 if args.resume else None)
     bar = tqdm(total=-step, unit="update", dynamic_ncols=True)
     start_time = time.time() - seconds
@@ -170,8 +171,6 @@ def offline(args, run_dir, agent, buffer, env, step, seconds):
         writer.add_scalar("charts/seconds", seconds, step)
     bar.close()
     writer.close()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_DFL)  # until `train` has its own
     if stopped_by:
         print(f"stopped at step {step}; go on with flow_offline.py --resume {run_dir}")
         sys.exit(128 + stopped_by[0])

@@ -59,8 +59,9 @@ def make(
         hide: What the policy does not see of a MuJoCo observation. "velocities" leaves it the joint
             positions alone, "positions" the joint velocities alone, "none" everything.
         random_bodies: Each episode draws a size and a mass for every body, see `RandomBodies`. The
-            critic sees the draw. Composite inertias (`cinert`) and velocities about the centre of
-            mass (`cvel`) would give the masses away, so the policy does not see them.
+            critic sees the draw. Composite inertias (`cinert`), velocities about the centre of
+            mass (`cvel`) and contact forces (`cfrc_ext`), which add up to the weight, would give
+            the masses away, so the policy does not see them.
         wind: Each episode draws the direction of a constant wind, see `Wind`. The critic sees the
             direction. External forces (`cfrc_ext`) contain the wind itself, so the policy does not
             see them.

@@ -89,7 +89,7 @@ def policy_mask(env: gym.Env, hide: str, random_bodies: bool, wind: bool) -> np.
         )
     kept = set(KEPT.get(hide, parts))
     if random_bodies:
-        kept -= {"cinert", "cvel"}  # the masses; velocities about the common centre of mass
+        kept -= {"cinert", "cvel", "cfrc_ext"}  # the masses; about their common centre; weight
     if wind:
         kept.discard("cfrc_ext")  # holds the applied force of the wind
     return np.repeat([part in kept for part in parts], list(parts.values()))

@@ -185,7 +185,7 @@ class UnitActions(gym.ActionWrapper, RecordConstructorArgs):
         return np.where(held, 0, 2 * share - 1).clip(-1, 1).astype(np.float32)
 
 
-def layer(env, kind):
+def find_wrapper(env, kind):
     """The outermost wrapper of this kind, `env` itself included; None where there is none."""
     while isinstance(env, gym.Wrapper) and not isinstance(env, kind):
         env = env.env

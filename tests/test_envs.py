@@ -14,7 +14,7 @@ from gymnasium.utils.env_checker import check_env
 
 import envs
 from envs.mujoco import WIND_FORCE, RandomBodies, Wind
-from envs.wrappers import Split, layer
+from envs.wrappers import Split, find_wrapper
 
 pytestmark = [
     # What Gymnasium's checker says of every wrapped environment and of every MuJoCo environment.
@@ -156,7 +156,7 @@ def arrays(model):
 
 def reset_with(env, deltas, seed=None):
     """Reset such that each body draws the given delta, () or (bodies,)."""
-    bodies = layer(env, RandomBodies)
+    bodies = find_wrapper(env, RandomBodies)
 
     class Draw:
         def integers(self, high, size):
@@ -211,7 +211,7 @@ def test_bodies_are_what_the_compiler_makes_of_them(env_id):
         assert not np.array_equal(env.unwrapped.model.body_mass, fresh["body_mass"])
     for delta in (0.3, -0.3):
         reset_with(env, delta)
-        scaled = arrays(layer(env, RandomBodies).scaled_model(delta))
+        scaled = arrays(find_wrapper(env, RandomBodies).scaled_model(delta))
         bounds = {name: scaled[name] for name in ("bvh_aabb", "bvh_child", "bvh_nodeid")}
         assert_same(env.unwrapped.model, bounds, rtol=0)
     assert_restored(env, fresh)
@@ -273,7 +273,7 @@ def test_first_observation_comes_after_the_change():
 
 def test_deltas_reach_the_critic_and_not_the_policy():
     env = envs.make("Humanoid-v4", random_bodies=True)
-    assert sizes(env) == (376 - 140 - 84, 376 + 13)  # without cinert and cvel
+    assert sizes(env) == (376 - 140 - 84 - 84, 376 + 13)  # without cinert, cvel, cfrc_ext
     env = envs.make("Hopper-v4", random_bodies=True)
     for deltas in ([0.3, 0.0, -0.3, 0.3], [-0.3, -0.3, 0.0, 0.0]):
         for observation in (reset_with(env, deltas), env.step(env.action_space.sample())[0]):
@@ -286,7 +286,7 @@ def test_deltas_reach_the_critic_and_not_the_policy():
 @each("env_id", MUJOCO_IDS)
 def test_bodies_that_move_alike_and_touch_nothing_look_alike_to_the_policy(env_id):
     env = envs.make(env_id, random_bodies=True)
-    robot, visible, seen = env.unwrapped, layer(env, Split).visible, []
+    robot, visible, seen = env.unwrapped, find_wrapper(env, Split).visible, []
     robot.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_CONTACT
     velocity = np.random.default_rng(0).standard_normal(robot.model.nv)
     for delta in (0.3, 0.0, -0.3):
@@ -358,7 +358,7 @@ def test_wind_does_not_reach_the_policy(env_id):
         observation, expected = env.reset(seed=seed)[0], calm.reset(seed=seed)[0]["policy"]
         np.testing.assert_array_equal(observation["policy"], expected[:policy])
         observation, *_ = env.step(np.zeros(env.action_space.shape, np.float32))
-        force = layer(env, Wind).sign * WIND_FORCE[env_id[:-3]]
+        force = find_wrapper(env, Wind).sign * WIND_FORCE[env_id[:-3]]
         assert force in observation["critic"] or not forces or env_id == "Humanoid-v5"
         assert force not in observation["policy"]
 

@@ -19,7 +19,7 @@ import numpy as np
 from envs.errors import UsageError
 from envs.mujoco import RandomBodies, Wind
 from envs.vector import literals
-from envs.wrappers import PolicyAndCritic, Split, UnitActions, layer
+from envs.wrappers import PolicyAndCritic, Split, UnitActions, find_wrapper
 
 __all__ = ["load", "rows", "save"]
 
@@ -259,13 +259,13 @@ def _one(env):
 
 def _actions(env):
     """The unit of the actions of `env` as `gymnasium.make` returned it, whatever wraps it now."""
-    return UnitActions(layer(env, PolicyAndCritic) or env.unwrapped)
+    return UnitActions(find_wrapper(env, PolicyAndCritic) or env.unwrapped)
 
 
 def _variant(env):
     """What makes `env` another task than its id says: arguments of `envs.make`."""
-    layers, spec = dict(wind=Wind, random_bodies=RandomBodies), env.unwrapped.spec
-    options = {name: layer(env, kind) is not None for name, kind in layers.items()}
+    wrappers, spec = dict(wind=Wind, random_bodies=RandomBodies), env.unwrapped.spec
+    options = {name: find_wrapper(env, kind) is not None for name, kind in wrappers.items()}
     return _variant_of(options | dict(env_kwargs=spec.kwargs), spec.id)
 
 
@@ -286,5 +286,5 @@ def _variant_of(options, env_id):
 
 def _visible(env):
     """What the policy sees of the whole state, a bool mask; None where that is not known."""
-    split = layer(env, Split)
+    split = find_wrapper(env, Split)
     return None if split is None else split.visible

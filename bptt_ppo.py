@@ -147,6 +147,7 @@ class RecurrentGaussianActor(RecurrentNetwork):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__(obs_dim, action_dim, action_dim, args)
         self.log_std = nn.Parameter(torch.tensor([args.std] * action_dim).log())
+        self.parts = [action_dim]  # the ratio is that of a
 
     @torch.no_grad()
     def act(self, obs, z, a_prev, deterministic=False):
@@ -210,15 +211,15 @@ class Rollout:
 
     def __init__(self, num_steps, num_envs, widths, device):
         self.device, self.length = device, 0
-        self.rows = torch.zeros(num_steps + 1, num_envs, sum(widths) + 5, device=device)
-        columns = self.rows.split([*widths, 5], -1)  # views [T + 1, N, .]
-        self.obs, self.state, self.z, self.a_prev, self.sample, numbers = columns
-        self.log_prob, self.value, self.reward, self.terminated, self.first = numbers.unbind(-1)
+        self.rows = torch.zeros(num_steps + 1, num_envs, sum(widths) + 4, device=device)
+        columns = self.rows.split([*widths, 4], -1)  # views [T + 1, N, .]
+        self.obs, self.state, self.z, self.a_prev, self.sample, self.log_prob, numbers = columns
+        self.value, self.reward, self.terminated, self.first = numbers.unbind(-1)
 
     def add(self, obs, state, z, a_prev, sample, log_prob, value, reward, terminated, first):
         """Write a row per environment: tensors [N, .] on the device, and three arrays [N]."""
         given = to_device(np.stack([reward, terminated, first], -1), self.device)
-        numbers = torch.cat([torch.stack([log_prob, value], -1), given], -1)
+        numbers = torch.cat([log_prob, value.unsqueeze(-1), given], -1)
         self.rows[self.length] = torch.cat([obs, state, z, a_prev, sample, numbers], -1)
         self.length += 1
 
@@ -236,7 +237,7 @@ class Batch(NamedTuple):
     z: torch.Tensor  # [..., Z]
     a_prev: torch.Tensor  # [..., A]
     sample: torch.Tensor  # [..., .], what the policy drew
-    old_log_prob: torch.Tensor  # [...]
+    old_log_prob: torch.Tensor  # [..., P], of P parts with a ratio each
     old_value: torch.Tensor  # [...], normalised like the returns
     advantage: torch.Tensor  # [...]
     returns: torch.Tensor  # [...], normalised
@@ -275,10 +276,11 @@ def gae(rollout, transition, gamma, gae_lambda):
     return advantage[:-1]
 
 
-def gaussian_log_prob(x, mean, log_std):
-    """log N(x; mean, diag(std^2)) [B], for x [B, D]."""
+def gaussian_log_prob(x, mean, log_std, parts):
+    """log N(x; mean, diag(std^2)) [B, P] of P parts of x [B, D], of these sizes."""
     standardized = (x - mean) * (-log_std).exp()
-    return -0.5 * standardized.square().sum(-1) - (log_std + 0.5 * math.log(2 * math.pi)).sum()
+    log_prob = -0.5 * standardized.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return torch.stack([part.sum(-1) for part in log_prob.split(parts, -1)], -1)
 
 
 LOSSES = "policy_loss", "value_loss", "old_approx_kl", "approx_kl", "clipfrac", "entropy"
@@ -286,16 +288,16 @@ LOSSES = "policy_loss", "value_loss", "old_approx_kl", "approx_kl", "clipfrac", 
 
 def ppo_loss(log_prob, value, log_std, batch, args):
     """L(pi) + vf_coef L(V) - ent_coef entropy of a minibatch; and its `LOSSES` [6], detached."""
-    assert log_prob.shape == value.shape == batch.weight.shape, "[B, 1] * [B] would be [B, B]"
-    weight = batch.weight / batch.weight.sum().clamp(min=1)
+    assert log_prob.shape[:-1] == value.shape == batch.weight.shape, "[B, 1] * [B] is [B, B]"
+    weight = (batch.weight / batch.weight.sum().clamp(min=1)).unsqueeze(-1)  # beside [B, P]
     # rho = 1 where there is no weight: it could be infinite, and infinity times 0 is NaN
     log_ratio = torch.where(weight > 0, log_prob - batch.old_log_prob, 0)
-    ratio, advantage, eps = log_ratio.exp(), batch.advantage, args.clip_coef
+    ratio, advantage, eps = log_ratio.exp(), batch.advantage.unsqueeze(-1), args.clip_coef
 
     # -min(rho A, clip(rho, 1 - eps, 1 + eps) A), Schulman et al. 2017, eq. 7
     policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage)
-    value_loss = 0.5 * (value - batch.returns).square()
-    kl, clipped = ratio - 1 - log_ratio, (ratio - 1).abs() > eps
+    value_loss = 0.5 * (value - batch.returns).square().unsqueeze(-1)
+    kl, clipped = ratio - 1 - log_ratio, ((ratio - 1).abs() > eps) / ratio.shape[-1]
     losses = [(weight * x).sum() for x in (policy_loss, value_loss, -log_ratio, kl, clipped)]
     entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
     loss = losses[0] + args.vf_coef * losses[1] - args.ent_coef * entropy
@@ -320,7 +322,7 @@ def bptt_ppo_loss(actor, critic, batch, args):
     """The loss of sequences, [L, B, .], along which h is computed from the z of their first row."""
     z_actor, z_critic = batch.z[0].split([actor.z_dim, critic.z_dim], -1)
     mean, _ = actor(batch.obs, z_actor, batch.a_prev)
-    log_prob = gaussian_log_prob(batch.sample, mean, actor.log_std)
+    log_prob = gaussian_log_prob(batch.sample, mean, actor.log_std, actor.parts)
     value, _ = critic(batch.state, z_critic, batch.a_prev)
     return ppo_loss(log_prob, value.squeeze(-1), actor.log_std, batch, args)
 
@@ -338,7 +340,7 @@ class BPTTPPO(nn.Module):
         self.critic = RecurrentNetwork(critic_dim, action_dim, 1, args)  # V, in units of `returns`
         self.critic.returns = RunningNormalizer(min_std=1e-2)
         self.z_dim = self.actor.z_dim + self.critic.z_dim  # each has an internal state
-        self.row_sizes = [obs_dim, critic_dim, self.z_dim, action_dim, action_dim]
+        self.row_sizes = [obs_dim, critic_dim, self.z_dim, action_dim, action_dim, 1]
         self.to(device)
         self.optimizer = torch.optim.Adam(
             self.parameters(), torch.tensor(args.learning_rate, device=device), eps=1e-5,
@@ -351,11 +353,11 @@ class BPTTPPO(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, critic_obs, z, a_prev):
-        """A sample of a [N, A], z' [N, Z], the log-density of the sample [N], and the value [N]."""
+        """A sample of a [N, A], z' [N, Z], its log-density [N, 1], and the value [N]."""
         z_actor, z_critic = z.split([self.actor.z_dim, self.critic.z_dim], -1)
         mean, z_actor = self.actor.step(obs, z_actor, a_prev)
         sample = mean + self.actor.log_std.exp() * torch.randn_like(mean)
-        log_prob = gaussian_log_prob(sample, mean, self.actor.log_std)
+        log_prob = gaussian_log_prob(sample, mean, self.actor.log_std, self.actor.parts)
         value, z_critic = self.critic.step(critic_obs, z_critic, a_prev)
         value = self.critic.returns.mean + self.critic.returns.std * value.squeeze(-1)
         return sample, torch.cat([z_actor, z_critic], -1), log_prob, value

@@ -11,7 +11,9 @@ is differentiated through time, and a minibatch is single transitions in any ord
     policy  L(pi) = -E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]
     value   L(V)  = E[(V(o, z, a_prev) - (A + V_old))^2] / 2
 
-With --privileged-critic V sees the state s in place of o. Compare bptt_ppo.py by diff. Unlike
+--separate-ratios clips a ratio of a and one of z', and L(pi) is the sum of both: z' has many
+components, so that otherwise its changes alone stop the learning of a. With --privileged-critic V
+sees the state s in place of o. Compare bptt_ppo.py by diff. Unlike
 CleanRL's PPO: ReLU and PyTorch's initialisation, advantages normalised over the rollout, Pop-Art in
 place of normalised rewards, V after time limits, values not clipped, --target-kl over an epoch.
 
@@ -56,6 +58,7 @@ class Args:
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimates, in [0, 1]
     norm_adv: bool = True  # normalise the advantages of a rollout
     clip_coef: float = 0.2  # eps, how far rho may leave 1
+    separate_ratios: bool = False  # clip a ratio of a and one of z', and not that of both
     ent_coef: float = 0.0  # weight of the entropy of (a, z')
     vf_coef: float = 0.5  # weight of the loss of V
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
@@ -123,6 +126,8 @@ class GaussianStatefulActor(nn.Module):
         self.rnn, self.action_dim = args.rnn, action_dim
         self.state_dim = 0 if args.memoryless else args.state_dim
         self.z_dim = 2 * self.state_dim if args.rnn == "lstm" else self.state_dim
+        sizes = [action_dim, self.z_dim]
+        self.parts = sizes if args.separate_ratios and self.z_dim > 0 else [sum(sizes)]
         self.normalizer = RunningNormalizer(obs_dim, clip=10.0)
         self.policy_obs = nn.Linear(obs_dim, 128)
         if self.state_dim > 0:
@@ -221,15 +226,15 @@ class Rollout:
 
     def __init__(self, num_steps, num_envs, widths, device):
         self.device, self.length = device, 0
-        self.rows = torch.zeros(num_steps + 1, num_envs, sum(widths) + 5, device=device)
-        columns = self.rows.split([*widths, 5], -1)  # views [T + 1, N, .]
-        self.obs, self.state, self.z, self.a_prev, self.sample, numbers = columns
-        self.log_prob, self.value, self.reward, self.terminated, self.first = numbers.unbind(-1)
+        self.rows = torch.zeros(num_steps + 1, num_envs, sum(widths) + 4, device=device)
+        columns = self.rows.split([*widths, 4], -1)  # views [T + 1, N, .]
+        self.obs, self.state, self.z, self.a_prev, self.sample, self.log_prob, numbers = columns
+        self.value, self.reward, self.terminated, self.first = numbers.unbind(-1)
 
     def add(self, obs, state, z, a_prev, sample, log_prob, value, reward, terminated, first):
         """Write a row per environment: tensors [N, .] on the device, and three arrays [N]."""
         given = to_device(np.stack([reward, terminated, first], -1), self.device)
-        numbers = torch.cat([torch.stack([log_prob, value], -1), given], -1)
+        numbers = torch.cat([log_prob, value.unsqueeze(-1), given], -1)
         self.rows[self.length] = torch.cat([obs, state, z, a_prev, sample, numbers], -1)
         self.length += 1
 
@@ -247,7 +252,7 @@ class Batch(NamedTuple):
     z: torch.Tensor  # [..., Z]
     a_prev: torch.Tensor  # [..., A]
     sample: torch.Tensor  # [..., .], what the policy drew
-    old_log_prob: torch.Tensor  # [...]
+    old_log_prob: torch.Tensor  # [..., P], of P parts with a ratio each
     old_value: torch.Tensor  # [...], normalised like the returns
     advantage: torch.Tensor  # [...]
     returns: torch.Tensor  # [...], normalised
@@ -286,10 +291,11 @@ def gae(rollout, transition, gamma, gae_lambda):
     return advantage[:-1]
 
 
-def gaussian_log_prob(x, mean, log_std):
-    """log N(x; mean, diag(std^2)) [B], for x [B, D]."""
+def gaussian_log_prob(x, mean, log_std, parts):
+    """log N(x; mean, diag(std^2)) [B, P] of P parts of x [B, D], of these sizes."""
     standardized = (x - mean) * (-log_std).exp()
-    return -0.5 * standardized.square().sum(-1) - (log_std + 0.5 * math.log(2 * math.pi)).sum()
+    log_prob = -0.5 * standardized.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return torch.stack([part.sum(-1) for part in log_prob.split(parts, -1)], -1)
 
 
 LOSSES = "policy_loss", "value_loss", "old_approx_kl", "approx_kl", "clipfrac", "entropy"
@@ -297,16 +303,16 @@ LOSSES = "policy_loss", "value_loss", "old_approx_kl", "approx_kl", "clipfrac", 
 
 def ppo_loss(log_prob, value, log_std, batch, args):
     """L(pi) + vf_coef L(V) - ent_coef entropy of a minibatch; and its `LOSSES` [6], detached."""
-    assert log_prob.shape == value.shape == batch.weight.shape, "[B, 1] * [B] would be [B, B]"
-    weight = batch.weight / batch.weight.sum().clamp(min=1)
+    assert log_prob.shape[:-1] == value.shape == batch.weight.shape, "[B, 1] * [B] is [B, B]"
+    weight = (batch.weight / batch.weight.sum().clamp(min=1)).unsqueeze(-1)  # beside [B, P]
     # rho = 1 where there is no weight: it could be infinite, and infinity times 0 is NaN
     log_ratio = torch.where(weight > 0, log_prob - batch.old_log_prob, 0)
-    ratio, advantage, eps = log_ratio.exp(), batch.advantage, args.clip_coef
+    ratio, advantage, eps = log_ratio.exp(), batch.advantage.unsqueeze(-1), args.clip_coef
 
     # -min(rho A, clip(rho, 1 - eps, 1 + eps) A), Schulman et al. 2017, eq. 7
     policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage)
-    value_loss = 0.5 * (value - batch.returns).square()
-    kl, clipped = ratio - 1 - log_ratio, (ratio - 1).abs() > eps
+    value_loss = 0.5 * (value - batch.returns).square().unsqueeze(-1)
+    kl, clipped = ratio - 1 - log_ratio, ((ratio - 1).abs() > eps) / ratio.shape[-1]
     losses = [(weight * x).sum() for x in (policy_loss, value_loss, -log_ratio, kl, clipped)]
     entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
     loss = losses[0] + args.vf_coef * losses[1] - args.ent_coef * entropy
@@ -314,9 +320,9 @@ def ppo_loss(log_prob, value, log_std, batch, args):
 
 
 def s2pg_ppo_loss(actor, critic, batch, args):
-    """The loss of single transitions, where rho is that of (a, z') jointly."""
+    """The loss of single transitions, where rho is that of (a, z') jointly, or of each."""
     mean = actor(batch.obs, batch.z, batch.a_prev)
-    log_prob = gaussian_log_prob(batch.sample, mean, actor.log_std)
+    log_prob = gaussian_log_prob(batch.sample, mean, actor.log_std, actor.parts)
     value = critic(batch.state, batch.z, batch.a_prev)
     return ppo_loss(log_prob, value, actor.log_std, batch, args)
 
@@ -334,6 +340,7 @@ class S2PGPPO(nn.Module):
         self.z_dim = self.actor.z_dim
         self.critic = Critic(critic_dim, self.z_dim, action_dim)
         self.row_sizes = [obs_dim, critic_dim, self.z_dim, action_dim, action_dim + self.z_dim]
+        self.row_sizes += [len(self.actor.parts)]
         self.to(device)
         self.optimizer = torch.optim.Adam(
             self.parameters(), torch.tensor(args.learning_rate, device=device), eps=1e-5,
@@ -346,10 +353,10 @@ class S2PGPPO(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, critic_obs, z, a_prev):
-        """A sample of (a, z') [N, A + Z], z' [N, Z], the sample's log-density and the value [N]."""
+        """A sample of (a, z') [N, A + Z], z' [N, Z], its log-densities [N, P] and the value [N]."""
         mean = self.actor(self.actor.normalizer(obs), z, a_prev)
         sample = mean + self.actor.log_std.exp() * torch.randn_like(mean)
-        log_prob = gaussian_log_prob(sample, mean, self.actor.log_std)
+        log_prob = gaussian_log_prob(sample, mean, self.actor.log_std, self.actor.parts)
         returns = self.critic.returns
         value = self.critic(self.critic.normalizer(critic_obs), z, a_prev)
         return sample, sample[:, self.action_dim :], log_prob, returns.mean + returns.std * value

@@ -51,6 +51,7 @@ THREE_METHODS = {
 }
 PPO_METHODS = {
     "S2PG-PPO": "s2pg_ppo.py",
+    "S2PG-PPO, separate ratios": "s2pg_ppo.py --separate-ratios",
     "BPTT-PPO, L = 1": "bptt_ppo.py --sequence-length 1",
     "BPTT-PPO, L = 32": "bptt_ppo.py",
     "memoryless PPO": "s2pg_ppo.py --memoryless",

@@ -125,7 +125,7 @@ def color_of(label):
     own = {
         "S2PG-SAC, no privileged critic": "#17becf", "S2PG-SAC, chrono, less noise": "#17becf",
         "BPTT-SAC, L = 1": "#ff7f0e", "BPTT-SAC, L = 1, chrono": "#8c564b",
-        "BPTT-PPO, L = 1": "#ff7f0e",
+        "BPTT-PPO, L = 1": "#ff7f0e", "S2PG-PPO, separate ratios": "#17becf",
         "S2PG-PPO, memory std .2": "#17becf", "S2PG-PPO, memory std .5": "#6a3d9a",
         "BPTT-SAC, L = 5, last row": "#ff7f0e", "BPTT-SAC, L = 5, all rows": "#ff7f0e",
         "BPTT-SAC, L = 32, last row": "#8c564b", "BPTT-SAC, L = the horizon": "#8c564b",

@@ -47,7 +47,7 @@ def make_agent(sizes=(OBS, STATE, ACTION), episodes=EPISODES, **options):
     rollout.rows.copy_(torch.randn_like(rollout.rows))
     seen = (x.flatten(0, 1) for x in (rollout.obs, rollout.state, rollout.z, rollout.a_prev))
     sample, _, log_prob, _ = agent.act(*seen)
-    rollout.sample.copy_(sample.view(41, 2, -1)), rollout.log_prob.copy_(log_prob.view(41, 2))
+    rollout.sample.copy_(sample.view(41, 2, -1)), rollout.log_prob.copy_(log_prob.view(41, 2, 1))
     row = (torch.arange(41) % 6).unsqueeze(-1)
     rollout.first.copy_(row == 0), rollout.terminated.copy_(row == 4)
     return agent, s2pg_gail.demonstrated(episodes, agent.row_sizes, CPU), rollout

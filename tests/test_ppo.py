@@ -240,7 +240,7 @@ def test_a_rollout_holds_what_was_seen_and_done(script, task, anneal, tmp_path, 
                 break
             played, (_, reward, terminated, truncated, _) = next(steps)
             numbers = (torch.as_tensor(x).float() for x in (reward, terminated, first))
-            numbers = torch.stack([log_prob, value, *numbers], -1)
+            numbers = torch.cat([log_prob, torch.stack([value, *numbers], -1)], -1)
             row = torch.cat([obs, state, z, a_prev, sample, numbers], -1)
             assert torch.equal(rollout.rows[t], row)
             action = sample[:, : a_prev.shape[1]]
@@ -294,11 +294,12 @@ def outputs_through_time(network, rollout, obs, z, length):
 
 
 @RNN
-def test_the_first_gradient_of_s2pg_is_that_of_reinforce(rnn, monkeypatch):
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_first_gradient_of_s2pg_is_that_of_reinforce(separate, rnn, monkeypatch):
     """-E[grad log pi(a_t, z_{t+1} | o_t, z_t, a_{t-1}) G_t], rows alone: lambda = 1 and V = 0."""
     agent = make_agent(
         s2pg_ppo, rnn=rnn, num_steps=19, gamma=0.9, gae_lambda=1.0, norm_adv=False, vf_coef=0.0,
-        num_minibatches=1,
+        num_minibatches=1, separate_ratios=separate,
     )  # fmt: skip
     nn.init.zeros_(agent.critic.head.weight), nn.init.zeros_(agent.critic.head.bias)
     rollout, seen = fill(agent, *WHOLE_EPISODES), watch(agent, monkeypatch)
@@ -307,9 +308,11 @@ def test_the_first_gradient_of_s2pg_is_that_of_reinforce(rnn, monkeypatch):
         row = actor.normalizer(rollout.obs[t, n]), rollout.z[t, n], rollout.a_prev[t, n]
         density = Normal(actor(*(x.unsqueeze(0) for x in row)).squeeze(0), actor.log_std.exp())
         sample = torch.cat([rollout.sample[t, n, :ACTION], rollout.z[t + 1, n]])
-        log_prob = density.log_prob(sample).sum()
-        torch.testing.assert_close(rollout.log_prob[t, n], log_prob.detach())
-        objective = objective + to_go[t, n] * log_prob
+        log_prob = density.log_prob(sample)
+        parts = log_prob.split([ACTION, agent.z_dim] if separate else [ACTION + agent.z_dim])
+        stored = torch.stack([part.sum() for part in parts]).detach()
+        torch.testing.assert_close(rollout.log_prob[t, n], stored)
+        objective = objective + to_go[t, n] * log_prob.sum()
     expected = torch.autograd.grad(-objective / valid(rollout).sum(), list(actor.parameters()))
     assert all(grad.any() for grad in expected)
     agent.update(rollout)
@@ -355,12 +358,15 @@ def test_gradients_through_time_equal_those_of_a_loop_of_single_steps(rnn, lengt
 # --- losses ---------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_that_of_its_rows_with_weight():
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_loss_is_that_of_its_rows_with_weight(parts):
     """Row by row, with its gradient. Of rows without, rho may be infinite: times 0 it is NaN.
 
-    It is flat where rho has gone far enough: above 1.2 if A > 0, below .8 otherwise.
+    It is flat where rho has gone far enough: above 1.2 if A > 0, below .8 otherwise. Of several
+    parts each has a rho, and the loss of the policy is their sum.
     """
-    log_prob, value, old_log_prob, advantage, returns = 0.4 * torch.randn(5, 90)
+    value, advantage, returns = 0.4 * torch.randn(3, 90)
+    log_prob, old_log_prob = 0.4 * torch.randn(2, 90, parts)
     log_std, weight = torch.tensor([0.3, -1.0]), (torch.arange(90) % 3 > 0).double()
     old_log_prob[weight == 0] = -1e9
     given = [x.requires_grad_() for x in (log_prob, value, log_std)]
@@ -374,9 +380,9 @@ def test_the_loss_is_that_of_its_rows_with_weight():
     for k in weight.nonzero().flatten():
         log_ratio, A, error = log_prob[k] - old_log_prob[k], advantage[k], value[k] - returns[k]
         ratio = log_ratio.exp()
-        policy_loss = -A * (ratio.clamp(max=1.2) if A > 0 else ratio.clamp(min=0.8))
-        kl, far = ratio - 1 - log_ratio, 1.0 * (abs(ratio - 1) > 0.2)
-        rows.append(torch.stack([policy_loss, error**2 / 2, -log_ratio, kl, far]))
+        policy_loss = -A * (ratio.clamp(max=1.2) if A > 0 else ratio.clamp(min=0.8)).sum()
+        kl, far = (ratio - 1 - log_ratio).sum(), (abs(ratio - 1) > 0.2).double().mean()
+        rows.append(torch.stack([policy_loss, error**2 / 2, -log_ratio.sum(), kl, far]))
     means, entropy = torch.stack(rows).mean(0), Normal(0, log_std.exp()).entropy().sum()
     expected = means[0] + 0.3 * means[1] - 0.01 * entropy
     torch.testing.assert_close(loss, expected)
@@ -389,7 +395,7 @@ def test_the_loss_is_that_of_its_rows_with_weight():
 @pytest.mark.parametrize("column", [0, 1])
 def test_shapes_that_would_broadcast_are_refused(column):
     """[B, 1] beside [B] gives B x B products, and a gradient that all but vanishes."""
-    x = [torch.randn(5), torch.randn(5)]
+    x = [torch.randn(5, 1), torch.randn(5)]
     x[column] = x[column].unsqueeze(-1)
     with pytest.raises(AssertionError, match=r"\[B, 1\]"):
         s2pg_ppo.ppo_loss(*x, torch.ones(2), SimpleNamespace(weight=torch.ones(5)), None)
@@ -484,14 +490,15 @@ def test_every_epoch_has_each_transition_once_and_in_another_order(
     orders = []
     for batch in (x.batch for x in seen):
         inside = batch.weight > 0
-        orders.append([places[k] for k in batch.old_log_prob[inside].tolist()])
+        orders.append([places[k] for k in batch.old_log_prob[inside].flatten().tolist()])
         at = tuple(torch.tensor(orders[-1]).T)
         for name, column in expected.items():
             actual = getattr(batch, name)
             if actual.shape[: inside.dim()] == inside.shape:  # all, but z of sequences
                 torch.testing.assert_close(actual[inside], column[at], msg=name)
         if script is bptt_ppo:  # the z of their first rows
-            at = tuple(torch.tensor([places[k] for k in batch.old_log_prob[0].tolist()]).T)
+            densities = batch.old_log_prob[0].flatten().tolist()
+            at = tuple(torch.tensor([places[k] for k in densities]).T)
             assert torch.equal(batch.z[0], expected["z"][at])
     per_epoch, sizes = len(seen) // 2, {x.batch.weight.shape[-1] for x in seen}
     epochs = [list(itertools.chain(*part)) for part in (orders[:per_epoch], orders[per_epoch:])]

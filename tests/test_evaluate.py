@@ -192,6 +192,7 @@ def test_a_run_that_cannot_be_played_is_answered_in_a_sentence(file, text, says,
         (dict(export=Path("policy.onnx")), "FILE.pt2"),
         (dict(export=Path("policy.pt2"), capture_video=True), "plays nothing"),
         (dict(export=Path("policy.pt2"), stochastic=True), "plays nothing"),
+        (dict(export=Path("policy.pt2"), save_demonstrations=Path("a.npz")), "plays nothing"),
         (dict(save_demonstrations=Path("no/demo.npz")), "in a folder that there is"),
         (dict(episodes=0), "--episodes"),
     ],
@@ -207,6 +208,14 @@ def test_an_action_that_is_held_cannot_be_exported(tmp_path):
     with pytest.raises(SystemExit, match="bounds are equal"):
         evaluate.main(evaluate.Options(run, export=tmp_path / "policy.pt2"))
     assert not list(tmp_path.glob("policy.*"))
+
+
+def test_what_cannot_be_written_is_told_in_a_sentence(tmp_path, monkeypatch):
+    run, path = make_run(tmp_path, **CUE), tmp_path / "policy.pt2"
+    path.mkdir()
+    with pytest.raises(SystemExit, match=r"policy\.pt2 cannot be written: Is a directory"):
+        evaluate.main(evaluate.Options(run, export=path))
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_flow_that_draws_its_first_noise_cannot_be_exported(tmp_path):

@@ -126,6 +126,20 @@ def test_what_is_sampled_played_and_noise_free(velocity):
     assert torch.equal(drawn, other) == (velocity == "none")
 
 
+def test_what_is_logged_of_a_path_is_its_gain_its_gate_and_its_std():
+    """Without a candidate dx_K/dx_0 = (1 - sigmoid(5) / K)^K, in every direction."""
+    agent = make_agent(velocity="flow_g")
+    nn.init.zeros_(agent.actor.velocity.candidate.weight)
+    batch = filled(agent).sample(32)
+    found = flow_sac.path_gradients(agent.actor, agent.critic, batch)
+    assert found["flow/gain"].item() == pytest.approx(0.3194, rel=1e-3)
+    ratio = found["flow/gradient_0"] / found["flow/gradient_4"]
+    assert ratio.item() == pytest.approx(found["flow/gain"].item())
+    assert found["flow/gate"].item() == pytest.approx(1 / (1 + math.exp(-5)))
+    _, log_std, _ = agent.actor(batch.obs, batch.z, batch.a_prev)
+    assert found["flow/std"].item() == pytest.approx(log_std.exp().mean().item())
+
+
 # --- the velocities -------------------------------------------------------------------------------
 
 
@@ -174,21 +188,29 @@ def test_batch_renorm_is_the_same_in_training_and_afterwards():
     assert abs(far.mean() - 5) < 0.1 and far.std() < 3.1  # no further than d = 5, r = 3
 
 
-def test_crossq_bootstraps_from_the_joint_batch_without_a_gradient():
-    agent = make_agent(critic="crossq")
-    batch = filled(agent).sample(32)
+@pytest.mark.parametrize("kind", ["target", "crossq"])
+def test_the_critic_bootstraps_from_its_target_or_the_joint_batch_without_a_gradient(kind):
+    agent = make_agent(critic=kind)
+    batch, target = filled(agent).sample(64), agent.target_critic
+    assert batch.terminated.any()
     critic = agent.critic.train()
+    if kind == "target":
+        for p in target.parameters():  # to tell it from the critic
+            p += 0.1 * torch.randn_like(p)
     torch.manual_seed(3)
-    loss, q = flow_sac.flow_critic_loss(agent.actor, critic, None, batch, 0.3, 0.9)
+    loss, q = flow_sac.flow_critic_loss(agent.actor, critic, target, batch, 0.3, 0.9)
     torch.manual_seed(3)
     a, z, log_pi, _ = agent.actor.sample(batch.next_obs, batch.next_z, batch.action)
     now = [batch.state, batch.action, batch.next_z, batch.a_prev]
     later = [batch.next_state, a, z, batch.action]
-    joint = critic(*(torch.cat(pair) for pair in zip(now, later)))
-    y = batch.reward + 0.9 * (1 - batch.terminated) * (joint[:, 32:].amin(0) - 0.3 * log_pi)
-    expected = (batch.weight * (joint[:, :32] - y.detach()).square()).sum()
+    if kind == "target":
+        own, next_q = critic(*now), target(*later)
+    else:
+        own, next_q = critic(*(torch.cat(pair) for pair in zip(now, later))).chunk(2, -1)
+    y = batch.reward + 0.9 * (1 - batch.terminated) * (next_q.amin(0) - 0.3 * log_pi)
+    expected = (batch.weight * (own - y.detach()).square()).sum()
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(q, joint[:, :32].detach())
+    torch.testing.assert_close(q, own.detach())
     parameters = list(critic.parameters())
     for mine, theirs in zip(*(torch.autograd.grad(x, parameters) for x in (loss, expected))):
         torch.testing.assert_close(mine, theirs)
@@ -206,13 +228,18 @@ def test_the_actor_is_updated_after_so_many_of_the_critic(critic, monkeypatch):
         calls.append(changed)
         assert all(p.grad is None for p in agent.actor.parameters()) or len(calls) > 3
 
-    descend = flow_sac.descend
+    descend, loss, drawn = flow_sac.descend, agent.actor_loss, []
     monkeypatch.setattr(flow_sac, "descend", watched)
-    before = buffer.z.clone()
+    monkeypatch.setattr(
+        agent, "actor_loss", lambda *x: drawn.append((x[2], loss(*x))) or drawn[0][1]
+    )
     target = [p.clone() for p in (agent.target_critic or agent.critic).parameters()]
     losses = agent.update(buffer)
     assert calls == 3 * [{"critic"}] + [{"actor", "log_alpha", "log_alpha_z"}]
-    assert not agent.critic.training and (buffer.z != before).any()
+    assert not agent.critic.training
+    ((batch, (_, z, *_)),) = drawn  # the sample of the actor loss becomes the next internal state
+    for row in batch.after[batch.weight > 0].tolist():
+        assert (buffer.z[row] == z[batch.after == row]).all(1).any()
     if critic == "target":
         moved = zip(agent.target_critic.parameters(), target)
         assert all(0 < (new - old).abs().max() < 0.01 for new, old in moved)
@@ -231,3 +258,19 @@ def test_a_temperature_rises_where_entropy_is_missing(velocity, target):
         entropy = agent.update(filled(agent))["losses/entropy"]
         assert (entropy < target) == rises
         assert (agent.log_alpha.item() > before) == rises
+
+
+def test_temperatures_take_the_gradient_of_their_excess_and_each_part_its_own_rate():
+    rates = dict(actor_lr=0.1, critic_lr=0.2, alpha_lr=0.3, alpha_z_lr=0.4)
+    agent = make_agent(state_dim=STATE, target_entropy_z=-3.0, adam_beta1=0.5, **rates)
+    for optimizer in agent.optimizers:
+        for group in optimizer.param_groups:
+            assert group["betas"] == (0.5, 0.999)
+            inside = set(map(id, group["params"]))
+            names = {k.split(".")[0] for k, p in agent.named_parameters() if id(p) in inside}
+            assert {rates[name.removeprefix("log_") + "_lr"] for name in names} == {group["lr"]}
+    losses = agent.update(filled(agent))
+    for name, target in ("alpha", 0), ("alpha_z", -3.0 * STATE):
+        excess = losses[f"losses/{name.replace('alpha', 'entropy')}"] - target
+        grad = getattr(agent, f"log_{name}").grad
+        torch.testing.assert_close(grad, losses[f"losses/{name}"] * excess)

@@ -1,6 +1,9 @@
 """S2PG-GAIL: its discriminator, the rewards it gives, and behaviour cloning."""
 
+import ast
+import inspect
 import math
+import textwrap
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -14,6 +17,7 @@ import envs
 import envs.demonstrations
 import s2pg_gail
 import s2pg_lsiq
+import s2pg_ppo
 
 OBS, STATE, ACTION = 2, 3, 1
 CPU = torch.device("cpu")
@@ -175,6 +179,36 @@ def test_an_update_learns_from_the_new_rewards_and_clips_the_gradient_of_ppo_alo
     transition = rollout.first[1:] == 0
     expected = s2pg_gail.gae(rollout, transition.float(), 0.99, 0.95) + rollout.value[:-1]
     torch.testing.assert_close(agent.critic.returns.mean, expected[transition].mean())
+
+
+def statements(function):
+    """Without comments and docstring."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    return [
+        ast.unparse(statement) for statement in node.body[ast.get_docstring(node) is not None :]
+    ]
+
+
+def test_its_ppo_is_that_of_s2pg_ppo():
+    """So that tests/test_ppo.py tells what is normalised and clipped, and which epoch is last."""
+    ours, theirs = s2pg_gail.Agent, s2pg_ppo.Agent
+    for name in "act", "learn":
+        assert statements(getattr(ours, name)) == statements(getattr(theirs, name))
+    judged, *rest = statements(ours.update)
+    assert judged == "judged = self.judge(rollout, expert)"
+    assert [x.replace("(judged | losses)", "losses") for x in rest] == statements(theirs.update)
+
+
+def test_the_rows_of_the_expert_are_drawn_as_their_weights_say(monkeypatch):
+    """No final row of an episode; and the absorbing state as often as it counts."""
+    agent, expert, rollout = make_agent(gamma=0.9, discriminator_steps=20)
+    drawn, loss = [], s2pg_gail.discriminator_loss
+    monkeypatch.setattr(s2pg_gail, "discriminator_loss", lambda *x: drawn.append(x[3]) or loss(*x))
+    agent.judge(rollout, expert)
+    rows, (states, weight) = torch.cat(drawn), agent.judged_rows(expert)
+    final = states[:-1][weight[:-1] == 0]
+    assert len(final) > 0 and not (rows.unsqueeze(1) == final).all(-1).any()
+    assert abs(rows[:, -1].mean() - 10 / 27) < 0.06  # 17 transitions, and 10 steps in it
 
 
 # Behaviour cloning --------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def lsiq(**options):
 @pytest.mark.parametrize("loss", ["sqil_like", "iq_like"])
 @pytest.mark.parametrize("expert_target", ["fix", "bootstrap"])
 @pytest.mark.parametrize("absorbing", [True, False])
-@pytest.mark.parametrize("scale", [1.0, 500.0])
+@pytest.mark.parametrize("scale", [1.0, 500.0, -500.0])
 def test_the_loss_of_the_critic(loss, expert_target, absorbing, scale):
     """Against the paper's formulas, a transition at a time."""
     options = dict(loss=loss, expert_target=expert_target, absorbing=absorbing)

@@ -455,6 +455,13 @@ def test_sobolev_adds_the_squared_error_of_each_critics_slope_in_z(privileged):
     assert (slopes.abs().amax((0, 1)) > 1e-3).all()
 
 
+def test_a_loss_with_sobolev_is_not_compiled():
+    """torch.compile has no second derivatives; without it both are."""
+    for sobolev in 0.0, 0.1:
+        agent, _ = make_agent(compile=True, sobolev=sobolev)
+        assert (agent.critic_loss is s2pg_sac.soft_critic_loss) == (sobolev > 0)
+
+
 # --- a fair comparison ----------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """rp_pgm.py: its gradients, spectral normalisation, the model, the rows of a segment, a run."""
 
+import copy
 import math
 import os
 import signal
@@ -259,15 +260,15 @@ def test_a_segment_never_leaves_its_episode_or_what_is_stored(stream, length):
     written = len(stream.rows)
     times = range(max(0, written - stream.slots), written - 1)
     drawable = {stream.rows[t][e].uid: (t, e) for t in times for e in range(stream.num_envs)}
-    batch = buffer.sample(40 * len(drawable), length, lambda obs: obs)
-    starts = [drawable[int(uid)] for uid in batch.x[0, :, 0]]
+    batch = buffer.sample(40 * len(drawable), length, lambda obs: -obs)
+    starts = [drawable[int(-uid)] for uid in batch.x[0, :, 0]]
     assert len(set(starts)) == len(drawable)
     for i, (t, e) in enumerate(starts):
         rows = [stream.rows[k][e] for k in range(t, min(t + length + 1, written))]
         together = [row for row in rows if row.episode == rows[0].episode]
         assert batch.real[:, i].sum() == len(together) - 1
         for k, row in enumerate(together):
-            assert batch.x[k, i].tolist() == row.columns[0]
+            assert (-batch.x[k, i]).tolist() == row.columns[0]
             if k < len(together) - 1:  # a row that terminates is one, and has its successor
                 assert batch.action[k, i].tolist() == row.columns[3]
                 assert batch.reward[k, i] == row.columns[4]
@@ -323,6 +324,18 @@ def test_the_normaliser_has_the_mean_and_the_std_of_all_it_was_shown(num_envs):
         norm.add(obs)
     std = seen.std(0, correction=0).clamp(min=0.1)
     torch.testing.assert_close(norm(seen), (seen - seen.mean(0)) / std)
+
+
+def test_the_policy_acts_on_normalised_observations():
+    actor = make_agent().actor
+    actor.norm.add(5 + 3 * torch.randn(60, OBS))
+    obs = 5 + 3 * torch.randn(BATCH, OBS)
+    action, _ = actor.act(obs, deterministic=True)
+    torch.testing.assert_close(action, torch.tanh(actor(actor.norm(obs))[0]))
+    torch.manual_seed(1)
+    action, _ = actor.act(obs)
+    torch.manual_seed(1)
+    torch.testing.assert_close(action, actor.sample(actor.norm(obs))[0])
 
 
 def test_a_late_observation_still_moves_the_mean():
@@ -460,8 +473,15 @@ def test_each_step_moves_its_own_parameters_and_touches_no_other(monkeypatch):
         moved.append(changed)
 
     monkeypatch.setattr(rp_pgm, "descend", watched)
+    old = copy.deepcopy(agent)
     losses = agent.update(filled(agent))
     assert moved == [{"model"}, {"model"}, {"critic"}, {"actor", "log_alpha"}]
+    parts = (x.parameters() for x in (old.target_critic, agent.target_critic, agent.critic))
+    for before, new, theta in zip(*parts):  # the target follows the new critic
+        torch.testing.assert_close(new, before + 0.005 * (theta - before))
+    pairs = zip(agent.modules(), old.modules())
+    norms = [pair for pair in pairs if isinstance(pair[0], rp_pgm.SpectralNorm)]
+    assert len(norms) == 3 and all((new.v != old.v).any() for new, old in norms)
     assert all(torch.isfinite(loss) for loss in losses.values())
 
 

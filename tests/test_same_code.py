@@ -55,6 +55,48 @@ def test_one_name_is_one_text(one, other):
     assert {name: first[name] for name in shared} == {name: second[name] for name in shared}
 
 
+# Lines of `train` of s2pg_sac.py, or s2pg_ppo.py, that another script lacks; those it has not.
+BUFFER = "buffer = TransitionBuffer(args.buffer_size, args.num_envs, *agent.row_sizes, device)"
+OWN_TRAINING = {
+    "s2pg_td3": [], "bptt_ppo": [], "bptt_sac": [BUFFER],
+    "s2pg_lsiq": [
+        "metrics = agent.update(buffer)",
+        "obs, reward, terminated, truncated, info = env.step(a)",
+        "buffer.add(policy_obs, critic_obs, z, action, reward, terminated, first)",
+    ],
+    "s2pg_gail": ['metrics = agent.update(rollout) | {"charts/learning_rate": lr}'],
+    "flow_sac": [
+        "for _ in range(updates_due):",
+        "updates_due = global_step - last_step if global_step >= first_update else 0",
+    ],
+    "rp_pgm": [
+        BUFFER,
+        "z = torch.zeros(args.num_envs, agent.z_dim, device=device)",
+        "a_prev = torch.zeros(args.num_envs, agent.action_dim, device=device)",
+        "policy_obs, critic_obs = (to_device(view, device) for view in views(obs))",
+        "action, z_next = agent.act(policy_obs, z, a_prev)",
+        "metrics = agent.update(buffer)",
+        "buffer.add(policy_obs, critic_obs, z, action, reward, terminated, first)",
+        "keep = to_device(~final, device).unsqueeze(-1)",
+        "z, a_prev = z_next * keep, action * keep",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_TRAINING)
+def test_a_run_is_that_of_the_script_it_follows_but_for_these_lines(name):
+    """So that what tests/test_scripts.py tells of s2pg_sac.py and s2pg_ppo.py is true of all."""
+
+    def lines(script):
+        text = definitions(ROOT / f"{script}.py")["train"]
+        return [line.split("  # ")[0].strip() for line in text.splitlines()]
+
+    own = lines(name)
+    shared = lines("s2pg_ppo" if name in ("bptt_ppo", "s2pg_gail") else "s2pg_sac")
+    missing = [line for line in shared if line not in own and line[:2] not in ("", "# ")]
+    assert missing == OWN_TRAINING[name]
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_scripts_import_no_other_script(path):
     imported = set()

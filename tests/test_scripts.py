@@ -140,7 +140,7 @@ def events(monkeypatch):
         env.step = lambda action: kept.append(("step", action, *step(action))) or kept[-1][2:]
         return env
 
-    for script in module("s2pg_sac"), module("s2pg_ppo"):
+    for script in map(module, OFF_POLICY + ON_POLICY):
         make_env = functools.partial(watched, script.make_env)
         monkeypatch.setattr(script, "make_env", make_env)
     return kept
@@ -218,6 +218,16 @@ OPTIONS = dict(
         dict(rnn="lstm", reward="airl", absorbing=False, num_envs=3, demonstration_episodes=1),
         dict(privileged_critic=False, discriminator_steps=2, discriminator_entropy=0, num_steps=60),
         dict(memoryless=True),
+    ],
+    flow_sac=[
+        dict(velocity="flow_t", critic="crossq", policy_frequency=3, num_envs=3, adam_beta1=0.5),
+        dict(velocity="mlp", state_dim=4, privileged_critic=False, save_buffer=True),
+        dict(velocity="none", alpha_lr=0, flow_steps=1),
+    ],
+    rp_pgm=[
+        dict(estimator="dr", horizon=5, model_updates=2, spectral_norm="none", num_envs=3),
+        dict(estimator="model-free", model_updates=0, warmup_steps=0, save_buffer=True),
+        dict(sn_layers="all", sn_coef=0.5, depth=0, warmup_steps=0, entropy_end=-2),
     ],
     s2pg_ppo=[
         dict(rnn="lstm", privileged_critic=True, anneal_lr=False, norm_adv=False, num_envs=3),
@@ -309,45 +319,60 @@ def test_seconds_are_those_of_training_alone_and_go_on_in_a_resumed_run(monkeypa
 # What happens in a row ----------------------------------------------------------------------------
 
 
-def test_the_buffer_holds_what_the_environments_showed(events, monkeypatch):
-    """To the policy and to the critic, across episodes; and what it gave for the actions there."""
-    buffers, make = [], s2pg_sac.TransitionBuffer
+@pytest.mark.parametrize("script", OFF_POLICY)
+def test_the_buffer_holds_what_the_environments_showed(script, events, monkeypatch):
+    """To the policy and to the critic, across episodes; and what it gave for the actions there. An
+    episode that is out of time has not terminated. LSIQ stores no reward, RP-PGM one view."""
+    kind = dict(bptt_sac="SequenceBuffer", rp_pgm="SegmentBuffer").get(script, "TransitionBuffer")
+    buffers, make = [], getattr(module(script), kind)
     monkeypatch.setattr(
-        s2pg_sac, "TransitionBuffer", lambda *args: buffers.append(make(*args)) or buffers[0]
+        module(script), kind, lambda *args: buffers.append(make(*args)) or buffers[-1]
     )
-    task = dict(env_id="InvertedPendulum-v4", env_kwargs={}, hide="velocities")
-    train(**task, num_envs=2, learning_starts=70, total_timesteps=80, eval_frequency=0)
+    task = dict(env_id="InvertedPendulum-v4", env_kwargs=dict(max_episode_steps=6))
+    task |= dict(hide="velocities", num_envs=2, learning_starts=70, total_timesteps=80)
+    task |= dict(demonstrations=None) if script == "s2pg_lsiq" else {}
+    train(script, **task, eval_frequency=0)
+    buffer, ends = buffers[0], []
     (_, _, obs, _), *steps = events
-    assert buffers[0].steps == len(steps) >= 40
+    assert buffer.steps == len(steps) >= 40
     first, final = np.ones(2), np.zeros(2)
     for row, (_, action, next_obs, reward, terminated, truncated, _) in enumerate(steps):
-        columns = buffers[0].columns(buffers[0].rows[2 * row : 2 * row + 2])
-        shown = obs["policy"], obs["critic"], action, reward, terminated, first
-        for value, column in zip(shown, columns[:2] + columns[3:]):
-            assert np.array_equal(np.asarray(value, np.float32), column)
+        columns = list(buffer.rows[2 * row : 2 * row + 2].split(buffer.widths, -1))
+        shown = [obs["policy"], obs["critic"], action, reward, terminated, first]
+        if script == "rp_pgm":
+            del shown[1]
+        else:
+            del columns[2]  # z
+        if script == "s2pg_lsiq":
+            shown[3] = 0 * reward
+        for value, column in zip(shown, columns, strict=True):
+            assert np.array_equal(np.asarray(value, np.float32).reshape(column.shape), column)
+        ends += [*terminated, *(2 * (truncated & ~terminated))]
         first, final, obs = final, terminated | truncated, next_obs
-    assert len(buffers) == 1 and 4 < buffers[0].rows[:, -1].sum() < 40
+    assert {1, 2} <= set(map(int, ends)) and 4 < buffer.rows[:, -1].sum() < 40
 
 
-@BOTH
+@pytest.mark.parametrize("script", [s for s in OFF_POLICY + ON_POLICY if s != "rp_pgm"])
 def test_the_policy_is_told_its_last_action_and_internal_state(script, events, monkeypatch):
     """And zeros as an episode begins: one of T steps fills T + 1 rows. All but the first actions
-    of s2pg_sac are those of the policy."""
+    of off-policy scripts are those of the policy."""
     acted = []
     watch(monkeypatch, script, "act", lambda args, result: acted.append((*args[-2:], *result)))
-    rollout = dict(num_steps=60) if script == "s2pg_ppo" else {}
-    train(script, eval_frequency=0, **rollout)
-    if rollout:
+    options = dict(num_steps=60) if script in ON_POLICY else {}
+    options |= dict(state_dim=4) if script == "flow_sac" else {}
+    train(script, eval_frequency=0, **options)
+    if script in ON_POLICY:
         del acted[60]  # for the value of the row after it
     played = [torch.tensor(event[1]) for event in events if event[0] == "step"]
     assert len(played) == 71  # 60 steps and 11 final rows
     for row, (z, a_prev, action, *_) in enumerate(acted[:71]):
         fresh = row % 6 == 0
+        # z' comes after the action; on-policy scripts give density and value, too
         last_z, last_action = acted[row - 1][3], played[row - 1]
         assert torch.equal(z, 0 * z if fresh else last_z) and (fresh or z.any())
         assert torch.equal(a_prev, 0 * a_prev if fresh else last_action) and (fresh or a_prev.any())
         same_action = torch.equal(played[row], action[:, :1].clamp(-1, 1))
-        assert same_action == (script == "s2pg_ppo" or row >= 20 + 3)
+        assert same_action == (script in ON_POLICY or row >= 20 + 3)
     random = torch.cat(played[:23])
     assert random.abs().max() <= 1 and random.min() < -0.5 and random.max() > 0.5
 
@@ -363,6 +388,13 @@ def test_updates_come_between_the_action_and_the_step_and_are_counted_by_steps(e
     assert rows[0] == "reset" and set(rows[1:]) == {"step", "learn step"}
     learning = [row == "learn step" for row in rows[1:]]
     assert learning == [row >= 4 and row % 6 != 0 for row in range(len(learning))]
+
+
+def test_a_flow_has_one_update_of_its_critic_for_each_step(monkeypatch):
+    updates = []
+    watch(monkeypatch, "flow_sac", "update", lambda *args: updates.append(1))
+    train("flow_sac", policy_frequency=3, eval_frequency=0)
+    assert len(updates) == (60 - 20) // 3
 
 
 # Stopped, saved and resumed -----------------------------------------------------------------------
@@ -431,6 +463,42 @@ def test_a_resumed_run_learns_when_its_buffer_is_filled(save_buffer, monkeypatch
     train(**options, total_timesteps=first + 2)
     # rows, with those that end an episode; the first update comes a row later
     assert rows[0] == (60 + 11 + 1 if save_buffer else 20 + 3) and load(run)["global_step"] > first
+
+
+def test_a_saved_buffer_counts_the_rows_of_every_environment(monkeypatch):
+    """23 rows of three environments are 69, more than the 40 of `learning_starts`."""
+    options = dict(num_envs=3, learning_starts=40, save_buffer=True, eval_frequency=0)
+    run, rows = train(**options), []
+    watch(monkeypatch, "s2pg_sac", "update", lambda args, _: rows.append(int(args[0].steps)))
+    train(**options, resume=str(run), total_timesteps=90)
+    assert rows[0] == 23 + 1
+
+
+@BOTH
+def test_what_was_logged_after_the_checkpoint_is_not_shown_twice(script):
+    """A killed run has logged more than it has saved. At the step that it saved nothing is lost."""
+    run = train(script)
+    torch.save(load(run) | dict(global_step=40), run / "checkpoint.pt")
+    train(script, resume=str(run), total_timesteps=80)
+    tags = logged(run)
+    assert tags["charts/episodic_return"][0] == list(range(5, 81, 5))
+    assert tags["eval/return_stochastic"][0] == [80]
+
+
+def test_a_resumed_run_stopped_before_its_first_update_keeps_its_step(monkeypatch):
+    run = train("s2pg_ppo", eval_frequency=0)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        watch(patch, "s2pg_ppo", "act", lambda *args: signal.raise_signal(signal.SIGTERM))
+        train("s2pg_ppo", resume=str(run), total_timesteps=120)
+    assert load(run)["global_step"] == 60
+
+
+def test_threads_and_precision_are_as_asked_for(monkeypatch):
+    set_to = {}
+    for name in "set_num_threads", "set_float32_matmul_precision":
+        monkeypatch.setattr(torch, name, lambda value, name=name: set_to.update({name: value}))
+    train(num_threads=3, matmul_precision="high", eval_frequency=0)
+    assert set_to == dict(set_num_threads=3, set_float32_matmul_precision="high")
 
 
 def test_a_resumed_run_does_not_clone_again(monkeypatch):
@@ -608,6 +676,7 @@ BAD = [
     ("bptt_sac", "--sequence-length 0", "--sequence-length must be in"),
     ("bptt_sac", "--memoryless", "memoryless"),
     ("bptt_sac", "--chrono 2", "--chrono takes 3 steps or more"),
+    ("rp_pgm", "--model-updates 0", "--model-updates 0 is for --estimator model-free"),
 ]
 if not torch.cuda.is_available():
     BAD += [("s2pg_sac", f"--{option}", "need a CUDA card") for option in ("compile", "cudagraphs")]

@@ -175,6 +175,15 @@ def test_actions_cross_in_the_units_of_the_environment(name):
     assert np.abs(unit.reverse(np.array([box.low - 1, box.high + 1]))).max() <= 1
 
 
+@each("value", [np.nan, np.inf])
+def test_an_action_that_is_not_finite_is_refused(value):
+    env = envs.make_vec("Scripted-v0")
+    env.reset(seed=0)
+    with pytest.raises(envs.UsageError, match="the action is not finite: training has diverged"):
+        env.step(np.array([[0, value]], np.float32))
+    assert not env.envs[0].unwrapped.actions
+
+
 def test_the_space_of_actions_is_the_one_that_wrappers_left():
     class Narrow(gym.ActionWrapper):
         action_space = spaces.Box(0, 1, (2,))

@@ -167,8 +167,6 @@ class Names(TorchFunctionMode):
         leaves, structure = tree_flatten(args)
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         on_card = any(isinstance(x, OnCard) for x in tensors)
-        if function is torch.Tensor.pin_memory:
-            return args[0]
         if function is torch.Tensor.numpy and on_card:
             raise TypeError("a tensor on the card is no array")
         if function is torch.Tensor.tolist and on_card:

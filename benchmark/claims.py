@@ -448,8 +448,16 @@ OVERVIEW = [
     Line("the same, BPTT with L = 1", "memory_gradient", "CueRecall-delayed-v0", *SAC_L1),
     Line("TD3, pendulum", "td3", "InvertedPendulum-v4", "S2PG-TD3", None, "memoryless TD3"),
     Line("PPO, pendulum", "ppo", "InvertedPendulum-v4", *PPO_LINE),
+    Line(
+        "the same, S2PG with `--separate-ratios`", "ppo", "InvertedPendulum-v4",
+        "S2PG-PPO, separate ratios", *PPO_LINE[1:],
+    ),
     Line("the same, BPTT with L = 1", "ppo", "InvertedPendulum-v4", *PPO_L1),
     Line("PPO, HalfCheetah", "ppo_and_bptt", "HalfCheetah-v4", *PPO_LINE, True),
+    Line(
+        "the same, S2PG with `--separate-ratios`", "ppo_and_bptt", "HalfCheetah-v4",
+        "S2PG-PPO, separate ratios", *PPO_LINE[1:], True,
+    ),
     Line("the same, BPTT with L = 1", "ppo_and_bptt", "HalfCheetah-v4", *PPO_L1),
     Line("the same, velocities seen, in a wind", "ppo_in_wind", "HalfCheetah-v4", *PPO_LINE),
 ]  # fmt: skip

@@ -11,11 +11,11 @@ is differentiated through time, and a minibatch is single transitions in any ord
     policy  L(pi) = -E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)]
     value   L(V)  = E[(V(o, z, a_prev) - (A + V_old))^2] / 2
 
---separate-ratios clips a ratio of a and one of z', and L(pi) is the sum of both: z' has many
-components, so that otherwise its changes alone stop the learning of a. With --privileged-critic V
-sees the state s in place of o. Compare bptt_ppo.py by diff. Unlike
-CleanRL's PPO: ReLU and PyTorch's initialisation, advantages normalised over the rollout, Pop-Art in
-place of normalised rewards, V after time limits, values not clipped, --target-kl over an epoch.
+--separate-ratios clips a ratio of a and one of z', and L(pi) is the sum of both: then z', with its
+many components, does not stop the learning of a. With --privileged-critic V sees the state s in
+place of o. Compare bptt_ppo.py by diff. Unlike CleanRL's PPO: ReLU and PyTorch's initialisation,
+advantages normalised over the rollout, Pop-Art in place of normalised rewards, V after time limits,
+values not clipped, --target-kl over an epoch.
 
     python s2pg_ppo.py --env-id InvertedPendulum-v4 --total-timesteps 100000
     python s2pg_ppo.py --env-id Humanoid-v4 --num-envs 8 --seed 1

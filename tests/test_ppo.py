@@ -320,6 +320,11 @@ def test_the_first_gradient_of_s2pg_is_that_of_reinforce(separate, rnn, monkeypa
     assert not flat(seen[0].gradients[1]).any()
 
 
+def test_without_a_memory_there_is_one_ratio():
+    agent = make_agent(s2pg_ppo, memoryless=True, separate_ratios=True)
+    assert agent.actor.parts == [ACTION]
+
+
 @pytest.mark.parametrize("rnn, length", [("gru", 1), ("lstm", 3), ("gru", 64)])
 def test_gradients_through_time_equal_those_of_a_loop_of_single_steps(rnn, length, monkeypatch):
     """Of policy and value, over episodes that the rollout cuts; back to a sequence's first row."""

@@ -218,6 +218,7 @@ OPTIONS = dict(
         dict(rnn="lstm", reward="airl", absorbing=False, num_envs=3, demonstration_episodes=1),
         dict(privileged_critic=False, discriminator_steps=2, discriminator_entropy=0, num_steps=60),
         dict(memoryless=True),
+        dict(separate_ratios=True),
     ],
     flow_sac=[
         dict(velocity="flow_t", critic="crossq", policy_frequency=3, num_envs=3, adam_beta1=0.5),
@@ -232,7 +233,7 @@ OPTIONS = dict(
     s2pg_ppo=[
         dict(rnn="lstm", privileged_critic=True, anneal_lr=False, norm_adv=False, num_envs=3),
         dict(rnn="rnn", ent_coef=0.1, num_steps=2, num_minibatches=1),
-        dict(target_kl=0.0),
+        dict(target_kl=0.0, separate_ratios=True),
         dict(memoryless=True, num_steps=60, update_epochs=1),
     ],
 )  # fmt: skip

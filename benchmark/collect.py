@@ -59,10 +59,11 @@ def evaluations(folder, run=None, machine=None, only_step_0=False):
     """
     try:
         args = json.loads((folder / "args.json").read_text())
-        script = Path(args.pop("script") if run is None else run.script).stem
+        script = args.pop("script") if run is None else run.script
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} is no run: {error!r}") from None
-    defaults = vars(sweep.script_of(script).Args())
+    defaults, own = vars(sweep.script_of(script).Args()), folder / "offline.json"
+    args |= json.loads(own.read_text()) if own.exists() else {}  # of flow_offline.py
     apart = {*COLUMNS, "exp_name", "save_buffer"}
     options = {k: v for k, v in args.items() if k not in apart and v != defaults.get(k)}
     origin = ["", "", ""]  # of a run that sweep.py did not make nobody knows
@@ -86,7 +87,8 @@ def evaluations(folder, run=None, machine=None, only_step_0=False):
         if only_step_0 and step > 0:
             break
         rows.append([
-            args["env_id"], run.label if run else args["exp_name"], script, json.dumps(options),
+            args["env_id"], run.label if run else args["exp_name"], Path(script).stem,
+            json.dumps(options),
             args["seed"], step, round(seconds.get(step, 0.0), 1),
             *(value[step] for value in returns), *origin,
             *(value.get(step, "") for value in successes),

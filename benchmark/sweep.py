@@ -76,8 +76,8 @@ def check_names(kind, names, known):
 
 
 def script_of(name):
-    """The module of a script's file name."""
-    return importlib.import_module(Path(name).stem)
+    """The module of a script, of its path in the repository."""
+    return importlib.import_module(name.removesuffix(".py").replace("/", "."))
 
 
 def runs_of(claim, out, seeds=(), tasks=(), methods=(), cuda=False):

@@ -21,7 +21,7 @@ from torch.distributions import Normal
 
 import envs.demonstrations
 import flow_sac
-from benchmark import flow_offline
+from benchmark import collect, flow_offline
 
 ROOT = Path(__file__).resolve().parent.parent
 seen = functools.partial(test_flow_sac.seen, state=0)
@@ -206,6 +206,9 @@ def test_a_run_stopped_offline_goes_on_offline_and_then_online(tmp_path):
     assert json.loads((run / "args.json").read_text())["learning_starts"] > 0  # as was asked for
     done = subprocess.run([sys.executable, ROOT / "evaluate.py", run, "--episodes", "1"], **options)
     assert done.returncode == 0 and "stochastic: return" in done.stdout, done.stdout
+    rows = collect.evaluations(run)
+    options = [json.loads(row[collect.COLUMNS.index("options")]) for row in rows]
+    assert [option["offline_steps"] for option in options] == [400, 400]
 
 
 @pytest.mark.parametrize(

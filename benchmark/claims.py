@@ -37,7 +37,7 @@ POINT_MASS = (
 )
 LONGER = "--checkpoint-frequency 20000 --eval-frequency 20000 --eval-episodes 10 --total-timesteps"
 FLOW = "--total-timesteps 100000 --eval-frequency 5000 --eval-episodes 10 --env-id"
-OFFLINE = "benchmark/flow_offline.py --demonstrations ../halfcheetah.npz"
+OFFLINE = "benchmark/flow_offline.py --demonstrations ../halfcheetah.npz --beta 100"
 ROBOTS = [
     "--env-id InvertedDoublePendulum-v4 --total-timesteps 25000 --eval-frequency 2500 "
     f"--eval-episodes 10 {MEDIUM}",

@@ -56,7 +56,7 @@ class Args:
     gamma: float = 0.99  # discount, in [0, 1)
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimates, in [0, 1]
     norm_adv: bool = True  # normalise the advantages of a rollout
-    clip_coef: float = 0.2  # eps, how far rho may leave 1
+    clip_coef: float = 0.2  # eps: rho is clipped to 1 - eps and 1 + eps
     ent_coef: float = 0.0  # weight of the entropy of a
     vf_coef: float = 0.5  # weight of the loss of V
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
@@ -217,7 +217,7 @@ class Rollout:
         self.value, self.reward, self.terminated, self.first = numbers.unbind(-1)
 
     def add(self, obs, state, z, a_prev, sample, log_prob, value, reward, terminated, first):
-        """Write a row per environment: tensors [N, .] on the device, and three arrays [N]."""
+        """Write a row per environment: tensors [N, .], `value` [N], and three arrays [N]."""
         given = to_device(np.stack([reward, terminated, first], -1), self.device)
         numbers = torch.cat([log_prob, value.unsqueeze(-1), given], -1)
         self.rows[self.length] = torch.cat([obs, state, z, a_prev, sample, numbers], -1)
@@ -277,7 +277,7 @@ def gae(rollout, transition, gamma, gae_lambda):
 
 
 def gaussian_log_prob(x, mean, log_std, parts):
-    """log N(x; mean, diag(std^2)) [B, P] of P parts of x [B, D], of these sizes."""
+    """log N(x; mean, diag(std^2)) of x [..., D], summed within parts of these sizes: [..., P]."""
     standardized = (x - mean) * (-log_std).exp()
     log_prob = -0.5 * standardized.square() - log_std - 0.5 * math.log(2 * math.pi)
     return torch.stack([part.sum(-1) for part in log_prob.split(parts, -1)], -1)
@@ -337,7 +337,7 @@ class BPTTPPO(nn.Module):
         obs_dim, critic_dim = (view.shape[0] for view in views(getattr(space, "spaces", space)))
         self.action_dim = action_dim = env.single_action_space.shape[0]
         self.actor = RecurrentGaussianActor(obs_dim, action_dim, args)
-        self.critic = RecurrentNetwork(critic_dim, action_dim, 1, args)  # V, in units of `returns`
+        self.critic = RecurrentNetwork(critic_dim, action_dim, 1, args)  # normalised V
         self.critic.returns = RunningNormalizer(min_std=1e-2)
         self.z_dim = self.actor.z_dim + self.critic.z_dim  # each has an internal state
         self.row_sizes = [obs_dim, critic_dim, self.z_dim, action_dim, action_dim, 1]
@@ -494,7 +494,7 @@ def train(args):
     global_step, seconds = load_run(run_dir, agent) if args.resume else (0, 0.0)
     first_update = global_step + 1 if args.resume else args.num_steps * args.num_envs
     if args.total_timesteps < first_update:
-        sys.exit(f"no update before step {first_update}: raise --total-timesteps")
+        sys.exit(f"an update may need {first_update} steps: raise --total-timesteps")
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(run_dir / "lock", is_singleton=True).acquire(timeout=0)  # noqa: F841
@@ -513,7 +513,7 @@ def train(args):
         if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda signum, frame: stopped_by.append(signum))
 
-    # a resumed run goes on from its last update: the rows after that are played anew
+    # an unfinished run goes on from its last update: the rows after that are played anew
     update_step, start_time, leaving = global_step, time.time() - seconds, False
     obs, _ = env.reset(seed=1000 * args.seed + global_step)  # a resumed run: new episodes
     z = torch.zeros(args.num_envs, agent.z_dim, device=device)

@@ -62,8 +62,8 @@ class Args:
     gamma: float = 0.99  # discount, in [0, 1)
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimates, in [0, 1]
     norm_adv: bool = True  # normalise the advantages of a rollout
-    clip_coef: float = 0.2  # eps, how far rho may leave 1
-    separate_ratios: bool = False  # clip a ratio of a and one of z', and not that of both
+    clip_coef: float = 0.2  # eps: rho is clipped to 1 - eps and 1 + eps
+    separate_ratios: bool = False  # clip the ratios of a and of z', not that of both
     ent_coef: float = 0.0  # weight of the entropy of (a, z')
     vf_coef: float = 0.5  # weight of the loss of V
     max_grad_norm: float = 0.5  # norm at which the gradient is clipped
@@ -161,7 +161,7 @@ class GaussianStatefulActor(nn.Module):
 
 
 class Critic(nn.Module):
-    """V [B] of o or s, normalised, of z and of a_prev; in units of `returns`."""
+    """V [B], normalised by `returns`, of o or s, normalised, of z and of a_prev."""
 
     def __init__(self, critic_dim, z_dim, action_dim):
         super().__init__()
@@ -234,7 +234,7 @@ class Rollout:
         self.value, self.reward, self.terminated, self.first = numbers.unbind(-1)
 
     def add(self, obs, state, z, a_prev, sample, log_prob, value, reward, terminated, first):
-        """Write a row per environment: tensors [N, .] on the device, and three arrays [N]."""
+        """Write a row per environment: tensors [N, .], `value` [N], and three arrays [N]."""
         given = to_device(np.stack([reward, terminated, first], -1), self.device)
         numbers = torch.cat([log_prob, value.unsqueeze(-1), given], -1)
         self.rows[self.length] = torch.cat([obs, state, z, a_prev, sample, numbers], -1)
@@ -308,7 +308,7 @@ def gae(rollout, transition, gamma, gae_lambda):
 
 
 def gaussian_log_prob(x, mean, log_std, parts):
-    """log N(x; mean, diag(std^2)) [B, P] of P parts of x [B, D], of these sizes."""
+    """log N(x; mean, diag(std^2)) of x [..., D], summed within parts of these sizes: [..., P]."""
     standardized = (x - mean) * (-log_std).exp()
     log_prob = -0.5 * standardized.square() - log_std - 0.5 * math.log(2 * math.pi)
     return torch.stack([part.sum(-1) for part in log_prob.split(parts, -1)], -1)
@@ -587,7 +587,7 @@ def train(args):
     global_step, seconds = load_run(run_dir, agent) if args.resume else (0, 0.0)
     first_update = global_step + 1 if args.resume else args.num_steps * args.num_envs
     if args.total_timesteps < first_update:
-        sys.exit(f"no update before step {first_update}: raise --total-timesteps")
+        sys.exit(f"an update may need {first_update} steps: raise --total-timesteps")
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(run_dir / "lock", is_singleton=True).acquire(timeout=0)  # noqa: F841

@@ -665,7 +665,7 @@ BAD = [
     ("s2pg_ppo", "--num-steps 1", "--num-steps must be in"),
     ("s2pg_ppo", "--gae-lambda 1.5", "--gae-lambda must be in [0, 1]"),
     ("s2pg_ppo", "--num-minibatches 50 --num-steps 20 --num-envs 2", "must be in [1, 40]"),
-    ("s2pg_ppo", "--total-timesteps 2047", "no update before step 2048: raise"),
+    ("s2pg_ppo", "--total-timesteps 2047", "an update may need 2048 steps: raise"),
     ("bptt_ppo", "--sequence-length 0", "--sequence-length must be in"),
     ("s2pg_td3", "--policy-frequency 0", "--policy-frequency must be in"),
     ("s2pg_lsiq", "--demonstrations nothing.npz", "no demonstrations at nothing.npz"),

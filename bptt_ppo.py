@@ -2,7 +2,7 @@
 
 Al-Hafez, Zhao, Peters, Tateo, "Time-Efficient Reinforcement Learning with Stochastic Stateful
 Policies", ICLR 2024, arXiv 2311.04082. The policy sees o. Its internal state is deterministic,
-h_k = GRU(o_k, a_{k-1}, h_{k-1}), and V has one of its own. Both are computed along sequences of at
+h_t = GRU(o_t, a_{t-1}, h_{t-1}), and V has one of its own. Both are computed along sequences of at
 most L rows of the rollout, from the h stored while acting. It is the baseline of that paper:
 
     delta_t = r_t + gamma (1 - d_t) V(o_{t+1}, h_{t+1}) - V(o_t, h_t)
@@ -238,7 +238,6 @@ class Batch(NamedTuple):
     a_prev: torch.Tensor  # [..., A]
     sample: torch.Tensor  # [..., .], what the policy drew
     old_log_prob: torch.Tensor  # [..., P], of P parts with a ratio each
-    old_value: torch.Tensor  # [...], normalised like the returns
     advantage: torch.Tensor  # [...]
     returns: torch.Tensor  # [...], normalised
     weight: torch.Tensor  # [...], 1, or 0 for a row that is no transition
@@ -257,7 +256,7 @@ def make_batch(rollout, actor, critic, args):
     obs, state = actor.normalizer(rollout.obs[:-1]), critic.normalizer(rollout.state[:-1])
     return Batch(
         obs, state, rollout.z[:-1], rollout.a_prev[:-1], rollout.sample[:-1], rollout.log_prob[:-1],
-        critic.returns(value), advantage, critic.returns(returns), weight,
+        advantage, critic.returns(returns), weight,
     )  # fmt: skip
 
 
@@ -313,9 +312,9 @@ def cut(first, length):
     transition, row = ~first[1:], torch.arange(len(first) - 1, device=first.device).unsqueeze(-1)
     age = row - (row * first[:-1]).cummax(0).values  # rows since the episode or the rollout began
     start, env = ((age % length == 0) & transition).nonzero().unbind(-1)
-    after = row[: min(length, int(age[transition].max()) + 1)]
-    t = (start + after).clamp(max=len(row) - 1)
-    return t, env, transition[t, env] & (age[t, env] - age[start, env] == after)
+    offset = row[: min(length, int(age[transition].max()) + 1)]
+    t = (start + offset).clamp(max=len(row) - 1)
+    return t, env, transition[t, env] & (age[t, env] - age[start, env] == offset)
 
 
 def bptt_ppo_loss(actor, critic, batch, args):
@@ -353,7 +352,7 @@ class BPTTPPO(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, critic_obs, z, a_prev):
-        """A sample of a [N, A], z' [N, Z], its log-density [N, 1], and the value [N]."""
+        """A sample of a [N, A], z' [N, Z], the log-density of the sample [N, 1], V [N]."""
         z_actor, z_critic = z.split([self.actor.z_dim, self.critic.z_dim], -1)
         mean, z_actor = self.actor.step(obs, z_actor, a_prev)
         sample = mean + self.actor.log_std.exp() * torch.randn_like(mean)
@@ -366,13 +365,14 @@ class BPTTPPO(nn.Module):
         """Epochs over a rollout; returns what to log, as tensors on the device."""
         args = self.args
         rows = make_batch(rollout, self.actor, self.critic, args)
-        t, env, inside = cut(rollout.first > 0, args.sequence_length)
-        batch = Batch(*(column[t, env] for column in rows))
+        t, env_index, inside = cut(rollout.first > 0, args.sequence_length)
+        batch = Batch(*(column[t, env_index] for column in rows))
         batch = batch._replace(z=batch.z[:1], weight=batch.weight * inside)
-        minibatches = min(args.num_minibatches, len(env))
+        minibatches = min(args.num_minibatches, t.shape[1])
         for _ in range(args.update_epochs):
-            order, total = torch.randperm(len(env), device=self.device), 0
+            order, total = torch.randperm(t.shape[1], device=self.device), 0
             for index in order.tensor_split(minibatches):
+                # each shape needs a graph of its own, which holds memory of the card
                 shape, learn = (len(t), len(index)), self.learn
                 if args.cudagraphs and (shape in self.graphs or len(self.graphs) < 16):
                     learn = self.graphs.setdefault(shape, Graphed(self.learn))
@@ -384,7 +384,8 @@ class BPTTPPO(nn.Module):
         # the next rollout acts with new statistics, so that within one the policy is one policy
         self.actor.normalizer.update(rollout.obs[:-1], rows.weight)
         self.critic.normalizer.update(rollout.state[:-1], rows.weight)
-        _, unexplained = moments(rows.returns - rows.old_value, rows.weight)
+        value = self.critic.returns(rollout.value[:-1])
+        _, unexplained = moments(rows.returns - value, rows.weight)
         _, variance = moments(rows.returns, rows.weight)
         losses["explained_variance"] = 1 - unexplained / (variance + 1e-8)
         return {f"losses/{name}": value for name, value in losses.items()}

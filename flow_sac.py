@@ -1,4 +1,4 @@
-"""SAC Flow: Soft Actor-Critic whose policy is a flow, with or without an internal state.
+r"""SAC Flow: Soft Actor-Critic whose policy is a flow, with or without an internal state.
 
 Zhang et al., "SAC Flow: Sample-Efficient Reinforcement Learning of Flow-Based Policies via
 Velocity-Reparameterized Sequential Modeling", ICLR 2026, arXiv 2509.25756. K steps of a velocity v
@@ -7,7 +7,7 @@ turn noise into an action, and the actor's loss is differentiated through all of
     x_0 ~ N(0, I),   x_{k+1} = x_k + v(x_k, k/K, o) / K + std(o) eps_k,   a = tanh(x_K)
     log pi = log N(x_0; 0, I) + sum_k log N(x_{k+1}; x_k + v / K, std^2) - sum log(1 - a^2)
 
-As in a recurrent network, dQ/dx_0 is dQ/dx_K times K Jacobians. flow_g and flow_t shall bound it:
+As in an RNN, dQ/dx_0 is dQ/dx_K times K Jacobians. flow_g and flow_t are to bound their product:
 
     flow_g   v = G (C - x), with a gate G and a candidate C, as in a gated recurrent cell
     flow_t   v is a transformer decoder of two layers, whose memory is the observation
@@ -67,7 +67,7 @@ class Args:
 
     velocity: Literal["mlp", "flow_g", "flow_t", "none"] = "flow_g"  # [networks] "none": a Gaussian
     flow_steps: int = 4  # K, steps from noise to an action; a Gaussian has one
-    flow_width: int = 256  # width of the hidden layers of v
+    flow_width: int = 256  # width of the hidden layers of v, for flow_t of its token
     draw_x0: bool = False  # draw x_0 in a noise-free evaluation, too; otherwise it is 0
     state_dim: int = 0  # size of the internal state, that of a GRU; 0 for none
     critic: Literal["target", "crossq"] = "target"  # crossq: batch renorm, no target, no tau
@@ -469,8 +469,8 @@ class FlowSAC(nn.Module):
             descend(self.critic_optimizer, qf_loss)
             if target is not None:
                 with torch.no_grad():  # theta' <- theta' + tau (theta - theta')
-                    parameters = list(target.parameters()), list(critic.parameters())
-                    torch._foreach_lerp_(*parameters, args.tau)
+                    targets, online = list(target.parameters()), list(critic.parameters())
+                    torch._foreach_lerp_(targets, online, args.tau)
 
         pi_loss, z_new, entropy, entropy_z = self.actor_loss(actor, critic, batch, alpha, alpha_z)
         # a temperature falls while its entropy is above the target

@@ -49,7 +49,7 @@ class Args:
     buffer_size: int = 1_000_000  # [algorithm] rows of the replay buffer, over all environments
     learning_starts: int = 5_000  # random steps, before the first update
     warmup_steps: int = 10_000  # steps in which the actor learns as in SAC: h is 0
-    batch_size: int = 256  # rows in an update
+    batch_size: int = 256  # segments in a batch; critic and SAC use their first rows
     gamma: float = 0.99  # discount, in [0, 1)
     tau: float = 0.005  # share of the critic that goes into its target, in (0, 1]
     actor_lr: float = 3e-4  # learning rate of the actor
@@ -66,8 +66,8 @@ class Args:
     model_updates: int = 1  # updates of the model for each of the rest
     model_length: int = 3  # steps that the model is trained to predict, whatever the horizon
 
-    spectral_norm: Literal["model", "policy", "both", "none"] = "both"  # [networks] of these
-    sn_layers: Literal["reference", "all"] = "reference"  # all but outputs and the policy's first
+    spectral_norm: Literal["model", "policy", "both", "none"] = "both"  # [networks] normalised
+    sn_layers: Literal["reference", "all"] = "reference"  # no outputs, nor the policy's first
     sn_coef: float = 1.0  # c, the spectral norm of a normalised layer
     width: int = 256  # of the hidden layers of policy and model
     depth: int = 3  # hidden layers of policy and dynamics
@@ -153,7 +153,7 @@ class SpectralNorm(nn.Module):
     def __init__(self, weight, coef):
         super().__init__()
         self.coef = coef
-        # W is orthogonal: a v in its row space is a largest singular vector
+        # W is orthogonal at first, so that |Wv| = |v| for every v in its row space
         self.register_buffer("v", F.normalize(weight.detach().sum(0), dim=0))
 
     def forward(self, weight):
@@ -473,15 +473,15 @@ class RPPGM(nn.Module):
 
     def lipschitz(self, buffer):
         """Spectral norms of all layers of policy and dynamics; means of |dpi/dx| and |df/dx|."""
-        batch, norm = buffer.sample(256, 1, self.actor.norm), torch.linalg.matrix_norm
+        batch, sigma = buffer.sample(256, 1, self.actor.norm), torch.linalg.matrix_norm
         # rows do not see one another: the Jacobian of their sum, [., B, O], has that of each
         policy = torch.func.jacrev(lambda x: torch.tanh(self.actor(x)[0]).sum(0))(batch.x[0])
         model = torch.func.jacrev(lambda x: self.model.step(x, batch.action[0]).sum(0))(batch.x[0])
-        result = {"lipschitz/policy": norm(policy, 2, dim=(0, 2)).mean()}
-        result["lipschitz/model"] = norm(model, 2, dim=(0, 2)).mean()
+        result = {"lipschitz/policy": sigma(policy, 2, dim=(0, 2)).mean()}
+        result["lipschitz/model"] = sigma(model, 2, dim=(0, 2)).mean()
         for name, net in ("policy", self.actor.net), ("model", self.model.dynamics):
             for k, layer in enumerate(net[::2]):
-                result[f"lipschitz/{name}_{k}"] = norm(layer.weight, 2)
+                result[f"lipschitz/{name}_{k}"] = sigma(layer.weight, 2)
         return result
 
 

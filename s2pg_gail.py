@@ -50,7 +50,7 @@ class Args:
     bc_steps: int = 0  # gradient steps of behaviour cloning, before everything else
     reward: Literal["gail", "airl"] = "gail"  # -log(1 - D + 1e-8), or log D - log(1 - D)
     absorbing: bool = True  # a terminated episode goes on in an absorbing state
-    discriminator_lr: float = 3e-4  # learning rate of the discriminator
+    discriminator_lr: float = 3e-4  # learning rate of the discriminator, constant
     discriminator_steps: int = 3  # its gradient steps a rollout (published: 1 every 3rd rollout)
     discriminator_entropy: float = 1e-3  # weight c of its entropy
 
@@ -247,7 +247,7 @@ class Rollout:
 
 
 def demonstrated(episodes, widths, device):
-    """Episodes of an expert, side by side, as a rollout; rows beyond their ends get weight 0."""
+    """Episodes of an expert, side by side, as a rollout; rows beyond their ends are `first`."""
     longest = max(len(episode["actions"]) for episode in episodes)
     rollout = Rollout(longest, len(episodes), widths, device)
     for i, episode in enumerate(episodes):
@@ -269,7 +269,6 @@ class Batch(NamedTuple):
     a_prev: torch.Tensor  # [..., A]
     sample: torch.Tensor  # [..., .], what the policy drew
     old_log_prob: torch.Tensor  # [..., P], of P parts with a ratio each
-    old_value: torch.Tensor  # [...], normalised like the returns
     advantage: torch.Tensor  # [...]
     returns: torch.Tensor  # [...], normalised
     weight: torch.Tensor  # [...], 1, or 0 for a row that is no transition
@@ -288,7 +287,7 @@ def make_batch(rollout, actor, critic, args):
     obs, state = actor.normalizer(rollout.obs[:-1]), critic.normalizer(rollout.state[:-1])
     return Batch(
         obs, state, rollout.z[:-1], rollout.a_prev[:-1], rollout.sample[:-1], rollout.log_prob[:-1],
-        critic.returns(value), advantage, critic.returns(returns), weight,
+        advantage, critic.returns(returns), weight,
     )  # fmt: skip
 
 
@@ -350,7 +349,7 @@ def discriminator_loss(discriminator, rows, weight, expert_rows, args):
     is_expert = torch.cat([torch.zeros_like(rows[:, 0]), torch.ones_like(rows[:, 0])])
     bce, entropy = (
         F.binary_cross_entropy_with_logits(logit, target, weight, reduction="sum")
-        for target in (is_expert, logit.sigmoid())
+        for target in (is_expert, logit.sigmoid())  # D with itself: its entropy
     )
     return bce - args.discriminator_entropy * entropy / 2, entropy.detach() / 2
 
@@ -387,7 +386,7 @@ class S2PGGAIL(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, critic_obs, z, a_prev):
-        """A sample of (a, z') [N, A + Z], z' [N, Z], its log-densities [N, P] and the value [N]."""
+        """A sample of (a, z') [N, A + Z], z' [N, Z], log-densities of the sample [N, P], V [N]."""
         mean = self.actor(self.actor.normalizer(obs), z, a_prev)
         sample = mean + self.actor.log_std.exp() * torch.randn_like(mean)
         log_prob = gaussian_log_prob(sample, mean, self.actor.log_std, self.actor.parts)
@@ -436,7 +435,6 @@ class S2PGGAIL(nn.Module):
             descend(self.d_optimizer, loss)
         with torch.no_grad():
             logit, expert_logit = (self.discriminator(x).squeeze(-1) for x in (rows, drawn))
-            # -log(1 - D + 1e-8), or log D - log(1 - D)
             reward = -(torch.sigmoid(-logit) + 1e-8).log() if args.reward == "gail" else logit
             # sum over k >= 1 of gamma^k r, r the reward of a step in the absorbing state
             forever = args.absorbing * reward[-1] * args.gamma / (1 - args.gamma)
@@ -464,9 +462,11 @@ class S2PGGAIL(nn.Module):
             losses = dict(zip(LOSSES, total / minibatches))
             if losses["approx_kl"] > args.target_kl:
                 break
+        # the next rollout acts with new statistics, so that within one the policy is one policy
         self.actor.normalizer.update(rollout.obs[:-1], rows.weight)
         self.critic.normalizer.update(rollout.state[:-1], rows.weight)
-        _, unexplained = moments(rows.returns - rows.old_value, rows.weight)
+        value = self.critic.returns(rollout.value[:-1])
+        _, unexplained = moments(rows.returns - value, rows.weight)
         _, variance = moments(rows.returns, rows.weight)
         losses["explained_variance"] = 1 - unexplained / (variance + 1e-8)
         return {f"losses/{name}": value for name, value in (judged | losses).items()}

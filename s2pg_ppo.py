@@ -253,7 +253,6 @@ class Batch(NamedTuple):
     a_prev: torch.Tensor  # [..., A]
     sample: torch.Tensor  # [..., .], what the policy drew
     old_log_prob: torch.Tensor  # [..., P], of P parts with a ratio each
-    old_value: torch.Tensor  # [...], normalised like the returns
     advantage: torch.Tensor  # [...]
     returns: torch.Tensor  # [...], normalised
     weight: torch.Tensor  # [...], 1, or 0 for a row that is no transition
@@ -272,7 +271,7 @@ def make_batch(rollout, actor, critic, args):
     obs, state = actor.normalizer(rollout.obs[:-1]), critic.normalizer(rollout.state[:-1])
     return Batch(
         obs, state, rollout.z[:-1], rollout.a_prev[:-1], rollout.sample[:-1], rollout.log_prob[:-1],
-        critic.returns(value), advantage, critic.returns(returns), weight,
+        advantage, critic.returns(returns), weight,
     )  # fmt: skip
 
 
@@ -353,7 +352,7 @@ class S2PGPPO(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, critic_obs, z, a_prev):
-        """A sample of (a, z') [N, A + Z], z' [N, Z], its log-densities [N, P] and the value [N]."""
+        """A sample of (a, z') [N, A + Z], z' [N, Z], log-densities of the sample [N, P], V [N]."""
         mean = self.actor(self.actor.normalizer(obs), z, a_prev)
         sample = mean + self.actor.log_std.exp() * torch.randn_like(mean)
         log_prob = gaussian_log_prob(sample, mean, self.actor.log_std, self.actor.parts)
@@ -379,7 +378,8 @@ class S2PGPPO(nn.Module):
         # the next rollout acts with new statistics, so that within one the policy is one policy
         self.actor.normalizer.update(rollout.obs[:-1], rows.weight)
         self.critic.normalizer.update(rollout.state[:-1], rows.weight)
-        _, unexplained = moments(rows.returns - rows.old_value, rows.weight)
+        value = self.critic.returns(rollout.value[:-1])
+        _, unexplained = moments(rows.returns - value, rows.weight)
         _, variance = moments(rows.returns, rows.weight)
         losses["explained_variance"] = 1 - unexplained / (variance + 1e-8)
         return {f"losses/{name}": value for name, value in losses.items()}

@@ -1,4 +1,4 @@
-"""Offline to online: flow_sac.py that begins with data of another policy, as in its paper.
+r"""Offline to online: flow_sac.py that begins with data of another policy, as in its paper.
 
 First come updates on the data alone, with flow matching in the actor's loss (Lipman et al., ICLR
 2023, arXiv 2210.02747), before the tanh and at the times t = k / K that the policy asks for:
@@ -60,7 +60,7 @@ class Args(flow_sac.Args):
 
 
 class OnlineArgs(SimpleNamespace):
-    """Options of flow_sac.py as args.json gets them, but for `train` no action is random."""
+    """Options of flow_sac.py, as args.json gets them; but `train` sees no random steps."""
 
     learning_starts = property(lambda self: 0)
 
@@ -163,7 +163,7 @@ def offline(args, run_dir, agent, buffer, env, step, seconds):
         if step % 100 == 0:
             for name, value in losses.items():
                 writer.add_scalar(f"offline_{name}", value, step)
-        if step % args.checkpoint_frequency == 0:
+        if step and step % args.checkpoint_frequency == 0:
             flow_sac.save_checkpoint(run_dir, agent, buffer, global_step=step, seconds=seconds)
     flow_sac.save_checkpoint(run_dir, agent, buffer, global_step=step, seconds=seconds)
     if step == 0 and args.eval_frequency and args.eval_episodes:
@@ -188,11 +188,11 @@ def train(args):
     load_checkpoint = flow_sac.load_checkpoint
 
     def prepare(run_dir, agent, buffer):
-        """What `train` calls to resume; there is no checkpoint yet where the data come first."""
+        """What `train` calls to load a checkpoint: it also fills the buffer, and learns offline."""
         env = flow_sac.make_env(args, max(1, min(args.eval_episodes, 8)))
         fill(buffer, args, env)
-        step, seconds, begins = -args.offline_steps, 0.0, not (run_dir / "checkpoint.pt").exists()
-        if not begins:
+        step, seconds = -args.offline_steps, 0.0
+        if (run_dir / "checkpoint.pt").exists():
             step, seconds = load_checkpoint(run_dir, agent, buffer)
         run_dir.mkdir(parents=True, exist_ok=True)
         try:  # `train` takes it again, as a singleton allows
@@ -202,7 +202,7 @@ def train(args):
         saved_args = shared | dict(resume=None, script="flow_sac.py")  # for evaluate.py
         (run_dir / "args.json").write_text(json.dumps(saved_args, indent=2))
         (run_dir / "offline.json").write_text(json.dumps(own, indent=2))
-        if begins or step < 0:
+        if step <= 0:  # also if it was killed in the evaluation at step 0
             step, seconds = offline(args, run_dir, agent, buffer, env, step, seconds)
         return step, seconds
 

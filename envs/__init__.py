@@ -98,7 +98,8 @@ def make(
                 env.reset()  # some values are not looked at before
                 env.step(np.zeros(env.action_space.shape))
     except (gym.error.Error, ImportError) as error:
-        raise UsageError(f"{env_id!r} cannot be made: {error}") from error
+        hint = "" if ":" in env_id else " One of your own module is module:Id-v0."
+        raise UsageError(f"{env_id!r} cannot be made: {error}{hint}") from error
     except (TypeError, ValueError, ArithmeticError, OSError) as error:
         if not env_kwargs:
             raise  # no argument of the user's is to blame, so it is a bug with a traceback

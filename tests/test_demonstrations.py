@@ -351,6 +351,8 @@ def test_demonstrations_of_minari(tmp_path, monkeypatch):
     assert terminations == [[False, False, True], [False, False]]
     assert truncations == [[False, False, False], [False, True]]
     assert len(load(source, env, 1)) == 1
+    with pytest.raises(envs.UsageError, match=r"need an environment of envs\.make"):
+        load(source, recorded_in)
     with pytest.raises(envs.UsageError, match="of InvertedPendulum-v5, not of Hopper-v4"):
         load(source, envs.make("Hopper-v4"))
     with pytest.raises(envs.UsageError, match="minari download"):

@@ -506,7 +506,7 @@ IMAGE = spaces.Box(0, 1, (2, 2))
 @each(
     ("env_id", "options", "message"),
     [
-        ("Foo-v0", {}, "'Foo-v0' cannot be made: Environment `Foo` doesn't exist"),
+        ("Foo-v0", {}, "'Foo-v0' cannot be made: Environment `Foo` doesn't exist.*module:Id-v0"),
         ("nowhere:Ant-v4", {}, "No module named 'nowhere'"),
         ("Ant-v4", {"hide": "velocity"}, "'none', 'velocities', 'positions', not 'velocity'"),
         ("Ant-v4", {"wind": "no"}, "wind is True or False, not 'no'"),

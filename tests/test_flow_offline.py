@@ -211,6 +211,28 @@ def test_a_run_stopped_offline_goes_on_offline_and_then_online(tmp_path):
     assert [option["offline_steps"] for option in options] == [400, 400]
 
 
+def test_a_run_killed_in_its_evaluation_at_step_0_repeats_it(tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+    for name in "Agent", "load_checkpoint":  # which a run replaces
+        monkeypatch.setattr(flow_sac, name, getattr(flow_sac, name))
+    load_checkpoint, scored = flow_sac.load_checkpoint, []
+
+    def score(env, agent, episodes, seed, writer, step):
+        scored.append(step)
+        assert len(scored) > 1, "killed"
+
+    monkeypatch.setattr(envs.Together, "score", score)
+    monkeypatch.setattr(sys, "argv", ["flow_offline.py", *SMALL, "--offline-steps", "3"])
+    with pytest.raises(AssertionError, match="killed"):
+        flow_offline.train(flow_offline.parse_args())
+    (run,) = tmp_path.glob("runs/*")
+    monkeypatch.setattr(flow_sac, "load_checkpoint", load_checkpoint)
+    monkeypatch.setattr(sys, "argv", ["flow_offline.py", "--resume", str(run)])
+    flow_offline.train(flow_offline.parse_args())
+    assert scored == [0, 0, 120]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

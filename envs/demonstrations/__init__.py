@@ -226,6 +226,8 @@ def _fit(episode, env, source):
     """The episode as the policy and the critic of `env` would have seen it."""
     policy, critic = episode["observations"], episode["critic_observations"]
     unit, actions = _actions(env), episode["actions"]
+    if find_wrapper(env, PolicyAndCritic) is None:
+        raise UsageError("demonstrations need an environment of envs.make or envs.make_vec")
     if len(actions) == 0 or len(policy) != len(actions) + 1:
         raise UsageError(f"{source} is damaged: an episode of T steps has T + 1 observations")
     if actions.shape[1:] != unit.action_space.shape:

@@ -119,7 +119,7 @@ TUNED = {  # defaults that differ by task: the target entropies as published
     "Walker2d": dict(entropy_start=-2 / 6, entropy_end=-8 / 6, entropy_power=1 / 16),
 }
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-NOISE_MAX = 4.0  # largest |zeta| that is inferred
+NOISE_MAX = 4.0  # largest |zeta| of an action that is repeated
 
 
 class RunningNorm(nn.Module):
@@ -351,20 +351,21 @@ def observed(predicted, seen, real):
 def unrolled_return(actor, critic, model, batch, alpha, args, horizon):
     """J_h [B] of the docstring at the top, from the first states of a batch of segments.
 
-    With dr, zeta and xi are what makes a_t and s_{t+1} those of the segment; r and d get its values
-    and the model's derivatives. After the episode or the newest row, zeta is drawn and xi is 0.
+    With dr, zeta and xi are what makes a_t, s_{t+1}, r and d those of the segment, up to its end or
+    to an action that the policy would hardly take; then it goes on as dp. log pi is always of a
+    drawn action: the entropy of old ones does not keep the policy from saturating.
     """
-    replays = args.estimator == "dr" and horizon > 0
+    replays = real = args.estimator == "dr" and horizon > 0
     x, discount, objective = batch.x[0], 1.0, 0.0
     with parametrize.cached():  # the normalised weights, once for all steps
         for t in range(horizon + 1):
             mean, log_std = actor(x)
-            zeta = torch.randn_like(mean)
+            a, log_pi = squash(mean, log_std, torch.randn_like(mean))
             if replays:
-                real, u = batch.real[t] > 0, torch.atanh((1 - 1e-6) * batch.action[t])
-                inferred = ((u - mean) / log_std.exp()).detach().clamp(-NOISE_MAX, NOISE_MAX)
-                zeta = torch.where(real.unsqueeze(-1), inferred, zeta)
-            a, log_pi = squash(mean, log_std, zeta)
+                u = torch.atanh((1 - 1e-6) * batch.action[t])
+                zeta = ((u - mean) / log_std.exp()).detach()
+                real = (batch.real[t] > 0) & (zeta.abs() <= NOISE_MAX).all(-1) & real
+                a = torch.where(real.unsqueeze(-1), squash(mean, log_std, zeta)[0], a)
             if t == horizon:
                 return objective + discount * (critic(x, a).amin(0) - alpha * log_pi)
 

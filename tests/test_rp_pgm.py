@@ -163,33 +163,54 @@ def test_both_estimators_agree_on_what_the_model_has_generated(monkeypatch):
     states, action, reward, terminated = (torch.stack(column) for column in zip(*columns))
     states = torch.cat([states, x.unsqueeze(0)])
     batch = rp_pgm.Segments(states, action, reward, terminated, start.real, start.weight)
+    torch.manual_seed(7)
     replayed = objective(agent, batch, horizon, estimator="dr")
     torch.testing.assert_close(replayed, predicted)
     mine, theirs = (gradients(j.sum(), agent.actor.parameters()) for j in (replayed, predicted))
     torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
 
 
-def test_behind_the_end_of_a_segment_the_noise_is_drawn():
+def test_behind_the_end_of_a_segment_the_noise_is_drawn(monkeypatch):
     """And nothing of what lies there, which belongs to another episode, is read."""
+    monkeypatch.setattr(rp_pgm, "NOISE_MAX", math.inf)
     agent, batch, results = make_agent(estimator="dr"), segments(4, real=[4, 3, 2, 1, 0]), []
     for seed in 5, 5, 6:
         torch.manual_seed(seed)
-        results.append(objective(agent, batch, 3))
+        results.append(objective(agent, batch, 3, alpha=0.0))
         for column in batch.x[1:], batch.action, batch.reward, batch.terminated:
             column[batch.real == 0] = 0.9
     assert torch.equal(results[0], results[1])
     assert (results[1] != results[2]).tolist() == [False, True, True, True, True]
 
 
-def test_inferred_noise_is_bounded():
-    agent, batch = make_agent(estimator="dr"), segments(2)
-    agent.actor.net[-1].bias.data[ACTION:] = -9.0  # std is .0067: the stored actions are far off
-    seen, step = [], agent.model.step
-    agent.model.step = lambda x, a: seen.append(a) or step(x, a)
-    objective(agent, batch, 1)
-    mean, log_std = agent.actor(batch.x[0])
-    distance = (torch.atanh(seen[0]) - mean) / log_std.exp()
-    assert 3.9 < distance.abs().max() < 4.001
+def test_an_action_that_the_policy_would_hardly_take_ends_the_segment():
+    """From there on it is as if the episode had ended: noise drawn, states predicted."""
+    agent, batch, results = make_agent(estimator="dr"), segments(4), []
+    zeta = torch.ones(4, BATCH, ACTION)
+    zeta[1, :2, -1] = torch.tensor([4.1, -4.1])
+    zeta[1, 2, -1] = 3.9
+    with torch.no_grad():
+        mean, log_std = agent.actor(batch.x[:4])
+        batch.action[:] = torch.tanh(mean + log_std.exp() * zeta)
+    cut = torch.ones(4, BATCH)
+    cut[1:, :2] = 0
+    for seed, real in (1, batch.real), (1, cut), (2, batch.real):
+        torch.manual_seed(seed)
+        results.append(objective(agent, batch._replace(real=real), 3, alpha=0.0))
+    assert torch.equal(results[0], results[1])
+    assert (results[0] != results[2]).tolist() == [True, True, False, False, False]
+
+
+def test_the_entropy_along_a_segment_is_that_of_the_policy(monkeypatch):
+    """Of actions that it draws in the states of the segment, and not of those that are stored."""
+    monkeypatch.setattr(rp_pgm, "NOISE_MAX", math.inf)
+    agent, batch, values = make_agent(estimator="dr", gamma=0.9), segments(3), []
+    for alpha in 0.0, 0.3:
+        torch.manual_seed(1)
+        values.append(objective(agent, batch, 2, alpha=alpha))
+    torch.manual_seed(1)
+    expected = sum(-0.3 * 0.9**t * agent.actor.sample(batch.x[t])[1] for t in range(3))
+    torch.testing.assert_close(values[1] - values[0], expected)
 
 
 # --- ends of episodes -----------------------------------------------------------------------------

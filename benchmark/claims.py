@@ -128,6 +128,7 @@ CLAIMS = {
         "PPO in a wind of unknown direction.",
         {
             "S2PG-PPO": "s2pg_ppo.py",
+            "S2PG-PPO, separate ratios": "s2pg_ppo.py --separate-ratios",
             "BPTT-PPO, L = 32": "bptt_ppo.py",
             "memoryless PPO": "s2pg_ppo.py --memoryless",
         },

@@ -41,7 +41,7 @@ COMMON = dict(
     critic_lr=1e-3, alpha=1.0, alpha_lr=1e-3, eval_frequency=0,
 )  # fmt: skip
 BPTT = COMMON | dict(hide="velocities", sequence_length=ROWS, loss_on="all", batch_size=256)
-FLOW = COMMON | dict(state_dim=0, flow_steps=STEPS, flow_width=64, batch_size=64)
+FLOW = COMMON | dict(alpha=0.2, state_dim=0, flow_steps=STEPS, flow_width=64, batch_size=64)
 
 
 @dataclasses.dataclass

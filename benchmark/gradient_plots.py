@@ -103,7 +103,7 @@ def draw_price(rows, times, path):
         x, y = (np.exp(np.log(values).mean()) for values in (x, y))
         left.scatter(x, y, s=55, color=color)
         left.annotate(name, (x, y), (7, 5), textcoords="offset points", color=color, fontsize=9)
-    left.set(xscale="log", yscale="log", xlim=(0.06, 0.8))
+    left.set(xscale="log", yscale="log", xlim=(0.05, 0.8))
     axes(left, f"{env_id}, h = 8: variance and the model's error", "one-step error of the model",
          PANELS["variance"])  # fmt: skip
     ends = []

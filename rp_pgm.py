@@ -49,7 +49,7 @@ class Args:
     buffer_size: int = 1_000_000  # [algorithm] rows of the replay buffer, over all environments
     learning_starts: int = 5_000  # random steps, before the first update
     warmup_steps: int = 10_000  # steps in which the actor learns as in SAC: h is 0
-    batch_size: int = 256  # segments in a batch; critic and SAC use their first rows
+    batch_size: int = 256  # segments in a batch; the critic uses their first rows
     gamma: float = 0.99  # discount, in [0, 1)
     tau: float = 0.005  # share of the critic that goes into its target, in (0, 1]
     actor_lr: float = 3e-4  # learning rate of the actor
@@ -63,11 +63,11 @@ class Args:
     estimator: Literal["dp", "dr", "model-free"] = "dp"  # predictions, real segments, h = 0
     horizon: int = 3  # model steps h that the actor's gradient flows through
     model_lr: float = 1e-3  # learning rate of the model
-    model_updates: int = 1  # updates of the model for each of the rest
+    model_updates: int = 1  # updates of the model for each of the others
     model_length: int = 3  # steps that the model is trained to predict, whatever the horizon
 
     spectral_norm: Literal["model", "policy", "both", "none"] = "both"  # [networks] normalised
-    sn_layers: Literal["reference", "all"] = "reference"  # no outputs, nor the policy's first
+    sn_layers: Literal["reference", "all"] = "reference"  # all: outputs, policy's first, too
     sn_coef: float = 1.0  # c, the spectral norm of a normalised layer
     width: int = 256  # of the hidden layers of policy and model
     depth: int = 3  # hidden layers of policy and dynamics
@@ -119,7 +119,7 @@ TUNED = {  # defaults that differ by task: the target entropies as published
     "Walker2d": dict(entropy_start=-2 / 6, entropy_end=-8 / 6, entropy_power=1 / 16),
 }
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-NOISE_MAX = 4.0  # largest |zeta| of an action that is repeated
+NOISE_MAX = 4.0  # largest |zeta| in a repeated action
 
 
 class RunningNorm(nn.Module):
@@ -351,9 +351,9 @@ def observed(predicted, seen, real):
 def unrolled_return(actor, critic, model, batch, alpha, args, horizon):
     """J_h [B] of the docstring at the top, from the first states of a batch of segments.
 
-    With dr, zeta and xi are what makes a_t, s_{t+1}, r and d those of the segment, up to its end or
-    to an action that the policy would hardly take; then it goes on as dp. log pi is always of a
-    drawn action: the entropy of old ones does not keep the policy from saturating.
+    With dr, zeta and xi make a_t and s_{t+1} those of the segment; r and d get its values. Before an
+    action that the policy would hardly take, and at its end, it goes on as dp. log pi is always of
+    a drawn action: with the entropy of old ones the policy saturates.
     """
     replays = real = args.estimator == "dr" and horizon > 0
     x, discount, objective = batch.x[0], 1.0, 0.0
@@ -442,7 +442,7 @@ class RPPGM(nn.Module):
 
         objective = self.unrolled_return(actor, critic, model, batch, alpha, args, horizon)
         pi_loss = -(batch.weight * objective).sum()
-        with torch.no_grad():  # with new noise: inferred actions are not those of this policy
+        with torch.no_grad():  # of the first states alone, with new noise
             entropy = -(batch.weight * actor.sample(batch.x[0])[1]).sum()
         # a temperature falls while its entropy is above the target; t is the number of rows seen
         start, end = args.entropy_start, args.entropy_end

@@ -10,8 +10,8 @@ Then, from states of their buffers, with networks held fixed and the noise of th
     relative       that over the squared length of the mean gradient, of --means samples and less
                    what noise adds to it; infinite where nothing is left
     cosine         of the mean gradient with that of the true J_h, the simulator in place of the
-                   model: same critic, states and noise, so only the model is to blame; `dr` has
-                   noise of its own, so its cosine is below 1 even with a true model
+                   model: same critic, states and noise, so only the model is to blame; old
+                   actions bias `dr`, so its cosine is below 1 even with a true model
     error          length of their difference over the length of the true one
     cosine_return  with the gradient of the true J_32, so that the critic is to blame, too
 

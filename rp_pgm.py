@@ -351,9 +351,9 @@ def observed(predicted, seen, real):
 def unrolled_return(actor, critic, model, batch, alpha, args, horizon):
     """J_h [B] of the docstring at the top, from the first states of a batch of segments.
 
-    With dr, zeta and xi make a_t and s_{t+1} those of the segment; r and d get its values. Before an
-    action that the policy would hardly take, and at its end, it goes on as dp. log pi is always of
-    a drawn action: with the entropy of old ones the policy saturates.
+    With dr, zeta and xi make a_t and s_{t+1} those of the segment; r and d get its values. Before
+    an action that the policy would hardly take, and at its end, it goes on as dp. log pi is always
+    of a drawn action: with the entropy of old ones the policy saturates.
     """
     replays = real = args.estimator == "dr" and horizon > 0
     x, discount, objective = batch.x[0], 1.0, 0.0

@@ -6,8 +6,8 @@ First come updates on the data alone, with flow matching in the actor's loss (Li
     L = E|v((1 - t) x_0 + t x_1, t, o) - (x_1 - x_0)|^2,   x_1 = atanh(a)
 
 Then flow_sac.py goes on online, with the data in its buffer and without random actions. In both
-phases --beta adds beta |a~ - a|^2 to the actor's loss, a pull of its action a~ towards that of the
-buffer. --noise fixed replaces the learned noise; a drift keeps it from spreading x_K:
+phases --beta adds beta |a~ - a|^2 to the actor's loss on rows of the data, a pull of its action a~
+towards theirs. --noise fixed replaces the learned noise; a drift keeps it from spreading x_K:
 
     x_{k+1} = x_k + (v + sigma^2 / 2 grad log p_t(x_k)) / K + sigma / sqrt(K) eps_k
     grad log p_t(x) = (t v - x) / (1 - t)
@@ -16,11 +16,10 @@ The last line holds for a v that flow matching has learned, and not for any othe
 is logged as `offline_losses/...`, at steps that count up to 0, where the policy is evaluated.
 
     python benchmark/flow_offline.py --env-id HalfCheetah-v4 --demonstrations halfcheetah.npz \
-        --offline-steps 20000 --total-timesteps 50000
+        --offline-steps 20000 --beta 100 --total-timesteps 50000
     python benchmark/flow_offline.py --resume runs/RUN
 """
 
-import functools
 import json
 import math
 import signal
@@ -46,7 +45,7 @@ import flow_sac
 class Args(flow_sac.Args):
     demonstrations: str = ""  # an .npz file or minari:NAME, which goes into the buffer
     offline_steps: int = 20_000  # updates on the demonstrations, with flow matching, before step 0
-    beta: float = 0.0  # pull towards the actions of the buffer: beta |a~ - a|^2
+    beta: float = 100.0  # pull towards the actions of the demonstrations: beta |a~ - a|^2
     noise: Literal["learned", "fixed"] = "learned"  # of a step: std(o), or sigma / sqrt(K)
     sigma: float = 0.1  # of the whole path, if fixed; the temperature then stays at --alpha
     exp_name: str = Path(__file__).stem  # part of the run folder's name
@@ -92,7 +91,10 @@ class FixedNoiseActor(flow_sac.FlowActor):
 
 
 def pulled_actor_loss(actor, critic, batch, alpha, alpha_z, beta):
-    """The loss of flow_sac.py + beta E|a~ - a|^2, as if that were a part of -min_i Q_i."""
+    """The loss of flow_sac.py + E[beta |a~ - a|^2], as if that were a part of -min_i Q_i.
+
+    beta [B]; 0 where there is no pull.
+    """
 
     def pulled_q(state, a, z, a_prev):
         return critic(state, a, z, a_prev) - beta * (a - batch.action).square().sum(-1)
@@ -116,20 +118,30 @@ class DataAgent(flow_sac.FlowSAC):
 
     def __init__(self, args, env, device):
         super().__init__(args, env, device)
-        pulled = torch.compile(pulled_actor_loss) if args.compile else pulled_actor_loss
-        self.pulled_loss = self.actor_loss = functools.partial(pulled, beta=args.beta)
+        self.pulled = torch.compile(pulled_actor_loss) if args.compile else pulled_actor_loss
+        self.actor_loss = self.pulled_loss
         if args.noise == "fixed":  # the entropy cannot follow a temperature
             self.actor_optimizer.param_groups[1]["lr"] = 0.0
+
+    def pulled_loss(self, actor, critic, batch, alpha, alpha_z):
+        """The pull is on rows of the data, which are the first, and those of them that are left."""
+        overwritten = (self.buffer.steps - self.buffer.slots) * self.buffer.num_envs
+        of_data = (batch.after >= overwritten) & (batch.after < self.buffer.rows_of_data)
+        return self.pulled(actor, critic, batch, alpha, alpha_z, self.args.beta * of_data)
 
     def matched_loss(self, actor, critic, batch, alpha, alpha_z):
         loss, *rest = self.pulled_loss(actor, critic, batch, alpha, alpha_z)
         self.matching = flow_matching_loss(actor, batch)
         return loss + self.matching, *rest
 
+    def update(self, buffer):
+        self.buffer = buffer
+        return super().update(buffer)
+
     def offline_update(self, buffer):
         """`update` with flow matching in the step of the actor."""
         self.actor_loss = self.matched_loss
-        losses = flow_sac.FlowSAC.update(self, buffer)  # self.update may be a graph
+        losses = DataAgent.update(self, buffer)  # self.update may be a graph
         self.actor_loss = self.pulled_loss
         losses["losses/flow_matching_loss"] = self.matching.detach()
         losses["losses/actor_loss"] -= losses["losses/flow_matching_loss"]
@@ -142,6 +154,7 @@ def fill(buffer, args, env):
     for row in envs.demonstrations.rows(episodes, args.num_envs):
         obs, state, action = (flow_sac.to_device(column, buffer.device) for column in row[:3])
         buffer.add(obs, state, obs.new_zeros(args.num_envs, buffer.widths[2]), action, *row[3:])
+    buffer.rows_of_data = int(buffer.steps) * args.num_envs
     if not 4 <= int(buffer.steps) <= buffer.slots:
         sys.exit(f"{args.demonstrations} is too short for --num-envs, or long for --buffer-size")
 

@@ -37,7 +37,9 @@ def make_agent(monkeypatch, **options):
     if options.get("noise") == "fixed":
         monkeypatch.setattr(flow_sac, "FlowActor", flow_offline.FixedNoiseActor)
     agent = flow_offline.DataAgent(flow_offline.Args(batch_size=64, **options), ENV, CPU)
-    return agent, filled(agent)
+    buffer = filled(agent)
+    buffer.rows_of_data = 100
+    return agent, buffer
 
 
 # --- the fixed noise ------------------------------------------------------------------------------
@@ -128,16 +130,22 @@ def test_flow_matching_learns_both_modes_of_the_data():
     assert 0.3 < (a[:, 0] > 0).float().mean() < 0.7
 
 
-def test_the_pull_is_towards_the_stored_actions(monkeypatch):
-    agent, buffer = make_agent(monkeypatch)
-    batch, losses = buffer.sample(32), []
-    for beta in 0.0, 2.0:
+@pytest.mark.parametrize("overwritten", [0, 40])
+def test_the_pull_is_towards_the_actions_of_the_data(monkeypatch, overwritten):
+    """Of its first 100 rows, but for those whose place in the ring has a newer one."""
+    agent, buffer = make_agent(monkeypatch, beta=2.0)
+    agent.buffer, losses = buffer, []
+    buffer.steps += buffer.slots - buffer.steps + overwritten
+    batch = buffer.sample(200)
+    for loss in flow_sac.soft_actor_loss, agent.pulled_loss:
         torch.manual_seed(4)
-        inputs = agent.actor, agent.critic, batch, 0.1, 0.1
-        losses.append(flow_offline.pulled_actor_loss(*inputs, beta)[0])
+        losses.append(loss(agent.actor, agent.critic, batch, 0.1, 0.1)[0])
     torch.manual_seed(4)
     a, *_ = agent.actor.sample(batch.obs, batch.z, batch.a_prev)
-    pull = (batch.weight * (a - batch.action).square().sum(-1)).sum()
+    row = (batch.after - 1) % buffer.slots
+    of_data = (row >= overwritten) & (row < 100)
+    assert 0 < of_data.sum() < 200
+    pull = (batch.weight * of_data * (a - batch.action).square().sum(-1)).sum()
     torch.testing.assert_close(losses[1] - losses[0], 2 * pull)
 
 

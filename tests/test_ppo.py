@@ -60,7 +60,7 @@ def lanes(plans, steps, offsets):
 
 @st.composite
 def random_lanes(draw):
-    num_envs, steps = draw(st.integers(1, 3)), draw(st.integers(1, 20))
+    num_envs, steps = draw(st.integers(1, 3)), draw(st.integers(2, 20))  # as Args allows
     plan = st.lists(st.tuples(st.integers(1, 12), st.booleans()), min_size=1, max_size=5)
     plans, offsets = ([draw(x) for _ in range(num_envs)] for x in (plan, st.integers(0, 15)))
     return lanes(plans, steps, offsets)

@@ -238,7 +238,8 @@ def test_the_reward_of_the_terminating_step_counts_and_nothing_after_it():
     torch.testing.assert_close(j, torch.full((BATCH,), 1 + 2 * gamma))
 
 
-def test_a_real_termination_cuts_what_follows():
+def test_a_real_termination_cuts_what_follows(monkeypatch):
+    monkeypatch.setattr(rp_pgm, "NOISE_MAX", math.inf)
     agent, batch = make_agent(estimator="dr"), segments(4, real=[2] * BATCH)
     batch.terminated[1] = 1
     j = objective(agent, batch, 3, alpha=0.0, gamma=0.9)

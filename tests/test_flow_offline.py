@@ -180,6 +180,8 @@ def test_no_transition_of_the_data_crosses_an_episode(num_envs):
     for i in batch.weight.nonzero().flatten():
         assert torch.equal(successor[batch.obs[i].numpy().tobytes()], batch.next_obs[i])
     assert (batch.weight > 0).float().mean() > 0.99
+    last = int(buffer.rows.any(-1).nonzero().max())  # row with data
+    assert buffer.rows_of_data == (last // num_envs + 1) * num_envs
 
 
 SMALL = "--demonstrations shipped:stochastic --offline-steps 400 --batch-size 16 --eval-episodes 1"

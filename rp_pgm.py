@@ -63,11 +63,11 @@ class Args:
     estimator: Literal["dp", "dr", "model-free"] = "dp"  # predictions, real segments, h = 0
     horizon: int = 3  # model steps h that the actor's gradient flows through
     model_lr: float = 1e-3  # learning rate of the model
-    model_updates: int = 1  # updates of the model for each of the others
+    model_updates: int = 1  # updates of the model for each of actor and critic
     model_length: int = 3  # steps that the model is trained to predict, whatever the horizon
 
     spectral_norm: Literal["model", "policy", "both", "none"] = "both"  # [networks] normalised
-    sn_layers: Literal["reference", "all"] = "reference"  # all: outputs, policy's first, too
+    sn_layers: Literal["reference", "all"] = "reference"  # all: and outputs, policy's first
     sn_coef: float = 1.0  # c, the spectral norm of a normalised layer
     width: int = 256  # of the hidden layers of policy and model
     depth: int = 3  # hidden layers of policy and dynamics
@@ -315,7 +315,7 @@ class SegmentBuffer:
 
 
 def model_losses(model, batch):
-    """E|x~_t - x_t|^2 / O, E(r~ - r)^2 and -E log p(d): both classes of d count as they come.
+    """Mean square errors of x, per component, and of r; -E log p(d), neither class weighted.
 
     The dynamics predict all L steps from the first x, with the gradient through all of them.
     """
@@ -351,11 +351,11 @@ def observed(predicted, seen, real):
 def unrolled_return(actor, critic, model, batch, alpha, args, horizon):
     """J_h [B] of the docstring at the top, from the first states of a batch of segments.
 
-    With dr, zeta and xi make a_t and s_{t+1} those of the segment; r and d get its values. Before
-    an action that the policy would hardly take, and at its end, it goes on as dp. log pi is always
-    of a drawn action: with the entropy of old ones the policy saturates.
+    With dr, zeta and xi make a_t and s_{t+1} those of the segment; r and d get its values. From its
+    end, or from the first |zeta| above NOISE_MAX on, the unroll goes on as dp. log pi is always of
+    a drawn action: with the entropy of old ones the policy saturates.
     """
-    replays = real = args.estimator == "dr" and horizon > 0
+    replays, real = args.estimator == "dr" and horizon > 0, batch.weight > 0
     x, discount, objective = batch.x[0], 1.0, 0.0
     with parametrize.cached():  # the normalised weights, once for all steps
         for t in range(horizon + 1):

@@ -381,11 +381,14 @@ def test_normalised_layers_keep_their_norm_while_they_learn(coef):
     agent = make_agent(width=64, depth=3, sn_coef=coef)
     dynamics, optimizer = agent.model.dynamics, torch.optim.Adam(agent.model.parameters(), 1e-3)
     inputs, target = torch.randn(128, OBS + ACTION), 30 * torch.randn(128, OBS)
+    largest = 0.0
     for _ in range(300):
         rp_pgm.descend(optimizer, (dynamics(inputs) - target).square().mean())
         rp_pgm.power_iteration(dynamics)
+        largest = max(largest, *sigmas(dynamics)[:-1])
     *normalised, output = sigmas(dynamics)
-    assert all(coef - 1e-9 < sigma < 1.1 * coef for sigma in normalised)  # W moves: it lags behind
+    assert min(normalised) > coef - 1e-9
+    assert largest < 1.2 * coef  # W moves: sigma lags behind, by up to 1.29 with one iteration
     for _ in range(30):
         rp_pgm.power_iteration(dynamics)
     assert sigmas(dynamics)[:-1] == pytest.approx(3 * [coef], rel=2e-3)
@@ -435,14 +438,15 @@ def test_weights_are_normalised_once_in_an_unroll_and_not_changed_by_it():
 
 def test_lipschitz_constants_are_those_of_a_linear_problem():
     agent = make_agent(depth=0, spectral_norm="none")
-    agent.actor.net[-1].weight.data *= 1e-6  # where tanh is linear
+    agent.actor.net[-1].weight.data *= 1e-6  # so that a is tanh .5
+    agent.actor.net[-1].bias.data[:] = 0.5
     weight = agent.model.dynamics[0].weight
     result = agent.lipschitz(filled(agent))
     expected = torch.linalg.matrix_norm(torch.eye(OBS) + weight[:, :OBS], 2)
     torch.testing.assert_close(result["lipschitz/model"], expected)
     torch.testing.assert_close(result["lipschitz/model_0"], torch.linalg.matrix_norm(weight, 2))
     policy = torch.linalg.matrix_norm(agent.actor.net[0].weight[:ACTION], 2)
-    torch.testing.assert_close(result["lipschitz/policy"], policy)
+    torch.testing.assert_close(result["lipschitz/policy"], policy / math.cosh(0.5) ** 2)
 
 
 # --- the variance of the gradient -----------------------------------------------------------------
@@ -463,12 +467,19 @@ def test_measuring_changes_nothing_and_leaves_ends_of_episodes_out(monkeypatch):
     monkeypatch.setattr(
         rp_pgm, "gradient_variance", lambda j, p: samples.append(len(j)) or variance(j, p)
     )
+    asked, unroll = [], rp_pgm.unrolled_return
+    monkeypatch.setattr(
+        rp_pgm, "unrolled_return",
+        lambda *x: asked.append((x[-2].estimator, x[-1])) or unroll(*x),
+    )  # fmt: skip
     agent = make_agent(estimator="dr")
     buffer = filled(agent)
     agent.update(buffer)
     held = {name: value.clone() for name, value in agent.state_dict().items()}
     grads = [p.grad.clone() for p in agent.parameters() if p.grad is not None]
+    asked.clear()
     measured = agent.variances(buffer) | agent.lipschitz(buffer)
+    assert asked == [("dr", h) for h in (1, 2, 4, 8, 16)]
     assert 5 * 32 - 20 < sum(samples) < 5 * 32  # one row in twenty is no transition
     assert {f"gradient/{k}_{h}" for k in ("variance", "relative") for h in (1, 16)} < set(measured)
     assert all(value.isfinite() and value > 0 for value in measured.values())
@@ -505,6 +516,32 @@ def test_each_step_moves_its_own_parameters_and_touches_no_other(monkeypatch):
     norms = [pair for pair in pairs if isinstance(pair[0], rp_pgm.SpectralNorm)]
     assert len(norms) == 3 and all((new.v != old.v).any() for new, old in norms)
     assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_an_update_descends_these_losses(monkeypatch):
+    """Those of the functions above, over the rows that are transitions; parameters stay here."""
+    losses, lengths, alpha = [], [], 0.1
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    monkeypatch.setattr(rp_pgm, "descend", lambda optimizer, loss: losses.append(loss.item()))
+    agent = make_agent(spectral_norm="none", model_length=2, entropy_start=0.5, entropy_end=0.5)
+    for theta in agent.target_critic.parameters():
+        theta.mul_(1.1)
+    target, batch = copy.deepcopy(agent.target_critic), segments(4, real=[4, 3, 0, 1, 0])
+
+    def sample(size, length, norm):
+        lengths.append((length, norm))
+        return batch
+
+    logged = agent.update(SimpleNamespace(sample=sample))
+    assert lengths == [(2, agent.actor.norm), (4, agent.actor.norm)]
+    q_loss, _ = rp_pgm.segment_critic_loss(agent.actor, agent.critic, target, batch, alpha, 0.99)
+    entropy = -(batch.weight * agent.actor.sample(batch.x[0])[1]).sum()
+    j = (batch.weight * objective(agent, batch, 3, alpha)).sum()
+    expected = [sum(rp_pgm.model_losses(agent.model, batch).values()), q_loss]
+    expected += [-j + alpha * (entropy - ACTION * 0.5)]
+    assert losses == pytest.approx([value.item() for value in expected])
+    assert logged["losses/actor_loss"] == pytest.approx(-j.item())
+    assert logged["losses/entropy"] == pytest.approx(entropy.item())
 
 
 @pytest.mark.parametrize("options, warm_up, update", [
@@ -561,7 +598,11 @@ def test_a_run_is_the_same_whether_it_measures_or_not(tmp_path, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     command = "rp_pgm.py --env-id CueRecall-v0 --total-timesteps 40 --learning-starts 20 --width 8"
     command += " --warmup-steps 0 --batch-size 8 --eval-frequency 0"
-    agents = []
+    agents, calls = [], []
+    for name in "variances", "lipschitz":
+        measure = getattr(rp_pgm.RPPGM, name)
+        counted = lambda *x, measure=measure: calls.append(measure) or measure(*x)  # noqa: E731
+        monkeypatch.setattr(rp_pgm.RPPGM, name, counted)
     for every in "0", "10":
         options = ["--grad-var-every", every, "--lipschitz-every", every, "--exp-name", every]
         monkeypatch.setattr("sys.argv", command.split() + options)
@@ -569,6 +610,7 @@ def test_a_run_is_the_same_whether_it_measures_or_not(tmp_path, monkeypatch):
         (checkpoint,) = tmp_path.glob(f"runs/*__{every}__1__*/checkpoint.pt")
         agents.append(torch.load(checkpoint)["agent"])
     assert all(torch.equal(value, agents[1][name]) for name, value in agents[0].items())
+    assert len(calls) == 4  # both, at steps 30 and 40 of the second run
 
 
 def test_a_run_is_stopped_goes_on_and_its_policy_is_exported(tmp_path, monkeypatch, capsys):

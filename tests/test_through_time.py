@@ -70,6 +70,20 @@ def test_the_exact_model_of_a_linear_system_has_no_bias(agent, batch, horizon):
     assert model_gradients.cosine(true, learned) < 0.99
 
 
+def test_a_relative_variance_is_free_of_the_noise_of_the_mean(agent, monkeypatch):
+    """Of gradients .3 + N(0, 1) in each parameter; left in, the noise of 20 would make it 7."""
+    theta = torch.nn.utils.parameters_to_vector(agent.actor.parameters())
+    monkeypatch.setattr(model_gradients, "segments", lambda agent, buffer, number, length: number)
+    monkeypatch.setattr(
+        model_gradients, "objective",
+        lambda agent, model, number, *_: (0.3 + torch.randn(number, len(theta)).to(theta)) @ theta,
+    )  # fmt: skip
+    args = SimpleNamespace(samples=128, means=20)
+    found = model_gradients.variances(agent, None, 8, "dp", args)
+    assert found["variance"] == pytest.approx(len(theta), rel=0.05)
+    assert found["relative"] == pytest.approx(1 / 0.3**2, rel=0.2)
+
+
 def test_slopes_of_the_return_in_random_directions_agree(agent, batch):
     before = [p.clone() for p in agent.actor.parameters()]
     real = model_gradients.Real(linear)

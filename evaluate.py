@@ -144,6 +144,7 @@ def export(path, saved, env, actor):
     if getattr(actor, "draw_x0", False):
         sys.exit("a policy with --draw-x0 cannot be exported, as its actions are drawn")
     about = describe(saved, env, actor, box)
+    about = json.loads(json.dumps(about), parse_constant=str)  # JSON itself has no infinity
     zeros = tuple(torch.zeros(about[f"{name}_size"]) for name in ("obs", "z", "action"))
     with warnings.catch_warnings():  # what nn.GRU does to its weights when it is traced
         warnings.filterwarnings("ignore", r".*_flat_weights\[")

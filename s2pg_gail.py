@@ -92,7 +92,7 @@ class Args:
         self.env_kwargs = list(dict(self.env_kwargs).items())  # pairs, also after JSON
         rows, inf = self.num_steps * self.num_envs, math.inf
         for name, (low, high) in dict(
-            seed=(0, inf), num_envs=(1, inf), num_steps=(2, inf), num_minibatches=(1, rows),
+            seed=(0, 1e18), num_envs=(1, inf), num_steps=(2, inf), num_minibatches=(1, rows),
             update_epochs=(1, inf), learning_rate=(0, inf), gamma=(0, 1 - 1e-9), gae_lambda=(0, 1),
             clip_coef=(1e-9, inf), ent_coef=(0, inf), vf_coef=(0, inf), max_grad_norm=(1e-9, inf),
             target_kl=(0, inf), state_dim=(1, inf), std=(1e-9, 99), std_z=(1e-9, 99),
@@ -578,16 +578,17 @@ def train(args):
     run_dir = Path(args.resume or "runs/" + name.replace("/", "_").replace(":", "_"))
 
     env = make_env(args, args.num_envs)
+    assert "NEXT_STEP" in str(env.metadata.get("autoreset_mode", "NEXT_STEP")), "see make_env"
     evaluates = args.eval_frequency and args.eval_episodes
     eval_env = make_env(args, min(args.eval_episodes, 8)) if evaluates else None
     agent = Agent(args, env, device)
-    rollout = Rollout(args.num_steps, args.num_envs, agent.row_sizes, device)
     episodes = envs.demonstrations.load(args.demonstrations, env, args.demonstration_episodes)
     expert = demonstrated(episodes, agent.row_sizes, device)
     global_step, seconds = load_run(run_dir, agent) if args.resume else (0, 0.0)
     first_update = global_step + 1 if args.resume else args.num_steps * args.num_envs
     if args.total_timesteps < first_update:
-        sys.exit(f"an update may need {first_update} steps: raise --total-timesteps")
+        sys.exit(f"no update before step {first_update}: raise --total-timesteps")
+    rollout = Rollout(args.num_steps, args.num_envs, agent.row_sizes, device)
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(run_dir / "lock", is_singleton=True).acquire(timeout=0)  # noqa: F841
@@ -647,8 +648,7 @@ def train(args):
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
         keep = to_device(~final, device).unsqueeze(-1)  # z and a_prev begin anew, too
         z, a_prev = z_next * keep, action * keep
-        first = final
-        final = terminated | truncated
+        first, final = final, terminated | truncated
 
         finished = global_step >= args.total_timesteps
         leaving = finished or bool(stopped_by)

@@ -84,7 +84,7 @@ class Args:
         self.env_kwargs = list(dict(self.env_kwargs).items())  # pairs, also after JSON
         rows, inf = 4 * self.num_envs, math.inf
         for name, (low, high) in dict(
-            seed=(0, inf), num_envs=(1, inf), buffer_size=(rows, inf), learning_starts=(rows, inf),
+            seed=(0, 1e18), num_envs=(1, inf), buffer_size=(rows, inf), learning_starts=(rows, inf),
             batch_size=(1, inf), gamma=(0, 1 - 1e-9), tau=(1e-9, 1), num_threads=(1, inf),
             actor_lr=(0, inf), critic_lr=(0, inf), alpha=(1e-9, inf), alpha_lr=(0, inf),
             alpha_z=(1e-9, inf), alpha_z_lr=(0, inf), sobolev=(0, inf), log_std_z_max=(-4.8, 2),
@@ -494,6 +494,7 @@ def train(args):
     run_dir = Path(args.resume or "runs/" + name.replace("/", "_").replace(":", "_"))
 
     env = make_env(args, args.num_envs)
+    assert "NEXT_STEP" in str(env.metadata.get("autoreset_mode", "NEXT_STEP")), "see make_env"
     evaluates = args.eval_frequency and args.eval_episodes
     eval_env = make_env(args, min(args.eval_episodes, 8)) if evaluates else None
     agent = Agent(args, env, device)
@@ -553,8 +554,7 @@ def train(args):
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
         keep = to_device(~final, device).unsqueeze(-1)  # z and a_prev begin anew, too
         z, a_prev = z_next * keep, action * keep
-        first = final
-        final = terminated | truncated
+        first, final = final, terminated | truncated
         updates_due = global_step - last_step if global_step >= first_update else 0
 
         finished = global_step >= args.total_timesteps

@@ -85,6 +85,9 @@ def make(
     for name, value in options.items():
         if not isinstance(value, bool):
             raise UsageError(f"{name} is True or False, not {value!r}.")
+    module, colon, _ = env_id.rpartition(":")
+    if colon and not all(part.isidentifier() for part in module.split(".")):
+        raise UsageError(f"{env_id!r} cannot be made: {module!r} is no name of a module.")
     if render_mode is not None:  # an environment that cannot render need not take the argument
         env_kwargs["render_mode"] = render_mode
     try:
@@ -100,7 +103,7 @@ def make(
     except (gym.error.Error, ImportError) as error:
         hint = "" if ":" in env_id else " One of your own module is module:Id-v0."
         raise UsageError(f"{env_id!r} cannot be made: {error}{hint}") from error
-    except (TypeError, ValueError, ArithmeticError, OSError) as error:
+    except (TypeError, ValueError, LookupError, AssertionError, ArithmeticError, OSError) as error:
         if not env_kwargs:
             raise  # no argument of the user's is to blame, so it is a bug with a traceback
         raise UsageError(f"{env_id!r} cannot be made with {env_kwargs}: {error}") from error

@@ -167,9 +167,10 @@ def literals(options) -> dict:
     "True", "null", "0.5", "(0.2, 1.0)" and '{"a": [1]}'. Other text stays.
 
     Raises:
-        UsageError: `hide` or `privileged_critic` is among them, which are options of their own.
+        UsageError: `env_id`, `num_envs`, `hide` or `privileged_critic` is among them, which are
+            options of their own.
     """
-    for name in ("hide", "privileged_critic"):
+    for name in ("env_id", "num_envs", "hide", "privileged_critic"):
         if name in dict(options):
             raise UsageError(f"{name} is an option of its own: --{name.replace('_', '-')}.")
     return {name: literal(value) for name, value in dict(options).items()}

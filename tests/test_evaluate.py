@@ -14,6 +14,7 @@ import envs
 import envs.demonstrations
 import evaluate
 import flow_sac
+import s2pg_ppo
 import s2pg_sac
 
 CUE = dict(env_id="CueRecall-v0", env_kwargs=dict(horizon=5))
@@ -101,6 +102,15 @@ def test_an_exported_policy_says_what_it_sees_and_does(options, expected, tmp_pa
     expected |= dict(env_id=options["env_id"].split(":")[-1])
     about["env_id"] = about["env_id"].split(":")[-1]
     assert {name: about[name] for name in expected} == expected
+
+
+def test_what_an_exported_policy_says_is_json_without_python_s_infinity(tmp_path):
+    run = make_run(tmp_path, s2pg_ppo, **CUE)
+    evaluate.main(evaluate.Options(run, export=tmp_path / "policy.pt2"))
+    files = {"policy.json": ""}
+    torch.export.load(tmp_path / "policy.pt2", extra_files=files)
+    about = json.loads(files["policy.json"], parse_constant=pytest.fail)
+    assert about["run"]["target_kl"] == "Infinity"
 
 
 @pytest.mark.parametrize("stochastic", [False, True])

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from test_scripts import BOTH, command, demonstrations, folder, load, logged, same, train
+from test_scripts import BOTH, EACH, command, demonstrations, folder, load, logged, same, train
 
 import envs
 import evaluate
+from envs.wrappers import UnitActions
 
 FIXTURES = demonstrations, folder
 
@@ -82,6 +83,19 @@ def test_an_exception_of_an_environment_comes_after_the_checkpoint(
     del caught
     train(script, **register(monkeypatch), resume=str(run), total_timesteps=110)
     assert load(run)["global_step"] == 110 and not same(before["agent"], load(run)["agent"])
+
+
+@EACH
+def test_an_environment_that_resets_in_the_same_step_is_refused(script, monkeypatch):
+    """Its first observation of an episode would take the place of the last one."""
+    mode = gym.vector.AutoresetMode.SAME_STEP
+    makers = [lambda: UnitActions(Env())]
+    monkeypatch.setattr(
+        importlib.import_module(script), "make_env",
+        lambda args, num_envs: gym.vector.SyncVectorEnv(makers, autoreset_mode=mode),
+    )  # fmt: skip
+    with pytest.raises(AssertionError, match="see make_env"):
+        train(script, **register(monkeypatch))
 
 
 def test_a_step_that_returns_four_values_names_the_environment(monkeypatch):

@@ -546,7 +546,8 @@ def train(args):
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
         keep = to_device(~final, device).unsqueeze(-1)  # z and a_prev begin anew, too
         z, a_prev = z_next * keep, action * keep
-        first, final = final, terminated | truncated
+        first = final
+        final = terminated | truncated
 
         finished = global_step >= args.total_timesteps
         leaving = finished or bool(stopped_by)
@@ -570,9 +571,8 @@ def train(args):
             eval_env.score(agent, args.eval_episodes, args.seed, writer, global_step)
             writer.add_scalar("charts/seconds", seconds, global_step)
             start_time = time.time() - seconds
-    bar.close()
-    writer.close()
-    env.close()
+    for part in bar, writer, env:
+        part.close()
     if not finished:
         print(f"stopped at step {global_step}; go on with --resume {run_dir}")
         sys.exit(128 + stopped_by[0])

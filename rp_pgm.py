@@ -648,7 +648,8 @@ def train(args):
             for name, key in ("return", "r"), ("length", "l"):
                 writer.add_scalar(f"charts/episodic_{name}", info["episode"][key][i], env_step[i])
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
-        first, final = final, terminated | truncated
+        first = final
+        final = terminated | truncated
         updates_due = global_step - last_step if global_step >= first_update else 0
 
         finished = global_step >= args.total_timesteps
@@ -672,9 +673,8 @@ def train(args):
             eval_env.score(agent, args.eval_episodes, args.seed, writer, global_step)
             writer.add_scalar("charts/seconds", seconds, global_step)
             start_time = time.time() - seconds
-    bar.close()
-    writer.close()
-    env.close()
+    for part in bar, writer, env:
+        part.close()
     if not finished:
         print(f"stopped at step {global_step}; go on with --resume {run_dir}")
         sys.exit(128 + stopped_by[0])

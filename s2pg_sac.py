@@ -231,7 +231,7 @@ class Transitions(NamedTuple):
     terminated: torch.Tensor  # [B], 0 or 1
     next_obs: torch.Tensor  # [B, O]
     next_state: torch.Tensor  # [B, S]
-    next_z: torch.Tensor  # [B, Z]; a loss may take the derivative by it
+    next_z: torch.Tensor  # [B, Z]; a loss may differentiate with respect to it
     after: torch.Tensor  # [B], where the successors lie
     weight: torch.Tensor  # [B], sums to 1; 0 for a row that is no transition
 
@@ -554,7 +554,8 @@ def train(args):
             bar.set_postfix_str(f"return {info['episode']['r'][i]:.1f}", refresh=False)
         keep = to_device(~final, device).unsqueeze(-1)  # z and a_prev begin anew, too
         z, a_prev = z_next * keep, action * keep
-        first, final = final, terminated | truncated
+        first = final
+        final = terminated | truncated
         updates_due = global_step - last_step if global_step >= first_update else 0
 
         finished = global_step >= args.total_timesteps
@@ -572,9 +573,8 @@ def train(args):
             eval_env.score(agent, args.eval_episodes, args.seed, writer, global_step)
             writer.add_scalar("charts/seconds", seconds, global_step)
             start_time = time.time() - seconds
-    bar.close()
-    writer.close()
-    env.close()
+    for part in bar, writer, env:
+        part.close()
     if not finished:
         print(f"stopped at step {global_step}; go on with --resume {run_dir}")
         sys.exit(128 + stopped_by[0])

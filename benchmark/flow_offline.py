@@ -238,7 +238,10 @@ def parse_args():
             Args(**options)
         except (OSError, ValueError, TypeError, KeyError) as error:
             sys.exit(f"{asked.resume} is no run of this script: {error!r}")
-    return tyro.cli(Args, default=Args(**options), description=__doc__)
+    args = tyro.cli(Args, default=Args(**options), description=__doc__)
+    if asked.resume is not None and args.offline_steps != options["offline_steps"]:
+        sys.exit("--offline-steps of a run cannot be changed")
+    return args
 
 
 if __name__ == "__main__":

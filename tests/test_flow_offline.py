@@ -1,7 +1,6 @@
 """benchmark/flow_offline.py: a fixed noise with its drift, flow matching, both phases of a run."""
 
 import functools
-import itertools
 import json
 import signal
 import subprocess
@@ -99,8 +98,16 @@ def test_the_drift_keeps_the_distribution_of_the_action(corrected, low, high):
 def test_what_is_played_without_noise_has_no_drift(velocity):
     actor = make_actor(velocity=velocity, sigma=0.5)
     other = make_actor(flow_sac.FlowActor, velocity=velocity)
+    with pytest.raises(RuntimeError, match="fixed_noise"):  # by which evaluate.py refuses it
+        other.load_state_dict(actor.state_dict())
     other.load_state_dict(actor.state_dict(), strict=False)
-    inputs = seen()
+    inputs, losses = seen(), []
+    names = dict(zip(("obs", "z", "a_prev"), inputs))
+    batch = SimpleNamespace(**names, action=0.9 * inputs[2], weight=torch.ones(BATCH) / BATCH)
+    for which in actor, other:
+        torch.manual_seed(2)
+        losses.append(flow_offline.flow_matching_loss(which, batch))
+    assert torch.equal(*losses)  # so what is matched has none, either
     free, learned = (which.act(*inputs, deterministic=True)[0] for which in (actor, other))
     assert torch.equal(free, learned)
     torch.manual_seed(1)
@@ -152,13 +159,17 @@ def test_the_pull_is_towards_the_actions_of_the_data(monkeypatch, overwritten):
 @pytest.mark.parametrize("noise", ["learned", "fixed"])
 def test_an_update_matches_the_flow_offline_alone(monkeypatch, noise):
     agent, buffer = make_agent(monkeypatch, noise=noise, beta=0.5)
-    before, logs = agent.log_alpha.item(), []
-    for update in agent.update, agent.offline_update:
+    before, logs, steps, descend = agent.log_alpha.item(), [], [], flow_sac.descend
+    matching = flow_offline.flow_matching_loss
+    monkeypatch.setattr(flow_offline, "flow_matching_loss", lambda *x: 1e6 + matching(*x))
+    monkeypatch.setattr(flow_sac, "descend", lambda *x: steps.append(x[1].item()) or descend(*x))
+    for update, matches in (agent.offline_update, True), (agent.update, False):
         start = {k: v.clone() for k, v in agent.state_dict().items()}
         logs.append(update(buffer))
         moved = {k.split(".")[0] for k, v in agent.state_dict().items() if (v != start[k]).any()}
         assert moved >= {"actor", "critic", "target_critic"}
-    assert logs[1].keys() - logs[0].keys() == {"losses/flow_matching_loss"}
+        assert (steps[-1] > 1e5) == matches and logs[-1]["losses/actor_loss"] < 1e5
+    assert logs[0].keys() - logs[1].keys() == {"losses/flow_matching_loss"}
     # the entropy of a fixed noise cannot follow a temperature
     assert (agent.log_alpha.item() == before) == (noise == "fixed")
 
@@ -174,11 +185,16 @@ def test_no_transition_of_the_data_crosses_an_episode(num_envs):
     buffer = flow_sac.TransitionBuffer(6000, num_envs, 4, 0, 0, 1, CPU)
     flow_offline.fill(buffer, args, env)
     episodes = envs.demonstrations.load(args.demonstrations, env)
-    obs = [torch.tensor(episode["observations"]) for episode in episodes]
-    successor = {a.numpy().tobytes(): b for o in obs for a, b in itertools.pairwise(o)}
+    steps = {}
+    for e in episodes:
+        successors, columns = e["observations"][1:], (e["actions"], e["rewards"], e["terminations"])
+        for obs, *step in zip(e["observations"], successors, *columns):
+            steps[obs.tobytes()] = step
     batch = buffer.sample(2000)
     for i in batch.weight.nonzero().flatten():
-        assert torch.equal(successor[batch.obs[i].numpy().tobytes()], batch.next_obs[i])
+        found = batch.next_obs[i], batch.action[i], batch.reward[i], batch.terminated[i]
+        expected = steps[batch.obs[i].numpy().tobytes()]
+        assert all((one.detach().numpy() == other).all() for one, other in zip(found, expected))
     assert (batch.weight > 0).float().mean() > 0.99
     last = int(buffer.rows.any(-1).nonzero().max())  # row with data
     assert buffer.rows_of_data == (last // num_envs + 1) * num_envs
@@ -233,14 +249,22 @@ def test_a_run_killed_in_its_evaluation_at_step_0_repeats_it(tmp_path, monkeypat
         assert len(scored) > 1, "killed"
 
     monkeypatch.setattr(envs.Together, "score", score)
-    monkeypatch.setattr(sys, "argv", ["flow_offline.py", *SMALL, "--offline-steps", "3"])
+    options = "--offline-steps", "3", "--save-buffer"
+    monkeypatch.setattr(sys, "argv", ["flow_offline.py", *SMALL, *options])
     with pytest.raises(AssertionError, match="killed"):
         flow_offline.train(flow_offline.parse_args())
     (run,) = tmp_path.glob("runs/*")
-    monkeypatch.setattr(flow_sac, "load_checkpoint", load_checkpoint)
-    monkeypatch.setattr(sys, "argv", ["flow_offline.py", "--resume", str(run)])
-    flow_offline.train(flow_offline.parse_args())
-    assert scored == [0, 0, 120]
+    rows = []
+    for last in "120", "130":  # the second goes on online, with the buffer as it was
+        monkeypatch.setattr(flow_sac, "load_checkpoint", load_checkpoint)
+        argv = ["flow_offline.py", "--resume", str(run), "--total-timesteps", last]
+        monkeypatch.setattr(sys, "argv", argv)
+        flow_offline.train(flow_offline.parse_args())
+        rows.append(int(torch.load(run / "checkpoint.pt", weights_only=True)["steps"]))
+    assert scored == [0, 0, 120, 130] and 10 <= rows[1] - rows[0] < 20
+    monkeypatch.setattr(sys, "argv", ["flow_offline.py", "--resume", str(run), *options[:1], "4"])
+    with pytest.raises(SystemExit, match="--offline-steps of a run cannot be changed"):
+        flow_offline.parse_args()
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,11 @@ def test_what_is_sampled_played_and_noise_free(velocity):
             torch.relu(torch.cat([actor.kernel_obs(obs), actor.kernel_action(a_prev)], -1)), z
         ),
     )
+    u, log_std_z = torch.atanh(sample[1]), actor(obs, z, a_prev)[2]  # z' is spread around g
+    expected = Normal(torch.atanh(g), log_std_z.exp()).log_prob(u) - torch.log(1 - sample[1] ** 2)
+    torch.testing.assert_close(sample[3], expected.sum(-1), rtol=1e-3, atol=1e-3)
+    # the flow's std sees a_prev, by way of g
+    assert not torch.equal(actor(obs, z, a_prev)[1], actor(obs, z, -a_prev)[1])
     actor.draw_x0 = True
     drawn, other = (actor.act(obs, z, a_prev, deterministic=True)[0] for _ in range(2))
     assert torch.equal(drawn, other) == (velocity == "none")
@@ -190,8 +195,8 @@ def test_batch_renorm_is_the_same_in_training_and_afterwards():
 
 @pytest.mark.parametrize("kind", ["target", "crossq"])
 def test_the_critic_bootstraps_from_its_target_or_the_joint_batch_without_a_gradient(kind):
-    agent = make_agent(critic=kind)
-    batch, target = filled(agent).sample(64), agent.target_critic
+    agent = make_agent(critic=kind, state_dim=STATE)
+    batch, target = filled(agent).sample(512), agent.target_critic
     assert batch.terminated.any()
     critic = agent.critic.train()
     if kind == "target":
@@ -226,23 +231,26 @@ def test_the_actor_is_updated_after_so_many_of_the_critic(critic, monkeypatch):
         descend(optimizer, loss)
         changed = {k.split(".")[0] for k, v in agent.state_dict().items() if (v != before[k]).any()}
         calls.append(changed)
+        online.append([p.clone() for p in agent.critic.parameters()])
         assert all(p.grad is None for p in agent.actor.parameters()) or len(calls) > 3
 
-    descend, loss, drawn = flow_sac.descend, agent.actor_loss, []
+    descend, loss, drawn, online = flow_sac.descend, agent.actor_loss, [], []
     monkeypatch.setattr(flow_sac, "descend", watched)
     monkeypatch.setattr(
-        agent, "actor_loss", lambda *x: drawn.append((x[2], loss(*x))) or drawn[0][1]
+        agent, "actor_loss", lambda *x: drawn.append((x[1].training, x[2], loss(*x))) or drawn[0][2]
     )
     target = [p.clone() for p in (agent.target_critic or agent.critic).parameters()]
     losses = agent.update(buffer)
     assert calls == 3 * [{"critic"}] + [{"actor", "log_alpha", "log_alpha_z"}]
-    assert not agent.critic.training
-    ((batch, (_, z, *_)),) = drawn  # the sample of the actor loss becomes the next internal state
+    ((training, batch, (_, z, *_)),) = drawn
+    assert not training  # the actor's loss takes running statistics, and does not move them
+    # the sample of the actor loss becomes the next internal state
     for row in batch.after[batch.weight > 0].tolist():
         assert (buffer.z[row] == z[batch.after == row]).all(1).any()
     if critic == "target":
-        moved = zip(agent.target_critic.parameters(), target)
-        assert all(0 < (new - old).abs().max() < 0.01 for new, old in moved)
+        for critic_now in online[:3]:
+            target = [old.lerp(new, agent.args.tau) for old, new in zip(target, critic_now)]
+        torch.testing.assert_close(list(agent.target_critic.parameters()), target)
     assert all(torch.isfinite(loss) for loss in losses.values())
 
 

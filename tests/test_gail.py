@@ -87,6 +87,7 @@ def test_rows_of_the_discriminator():
     assert sorted(rows[weight > 0].tolist()) == sorted([*expected, [0.0, 0, 0, 0, 1]])
     assert (weight[:-1] <= 1).all() and weight[-1].item() == pytest.approx(10)  # one terminated
     assert rows[-1].tolist() == [0, 0, 0, 0, 1]
+    assert (agent.normalizer(torch.full((STATE,), 1e9)) == 10).all()  # as what V sees
     agent, expert, _ = make_agent(absorbing=False)
     rows, weight = agent.judged_rows(expert)
     assert weight[-1] == 0 and weight.sum() == 17
@@ -167,7 +168,8 @@ def test_the_discriminator_learns_to_tell_expert_from_policy():
 
 def test_an_update_learns_from_the_new_rewards_and_clips_the_gradient_of_ppo_alone():
     """The discriminator's states are normalised by expert and policy alike."""
-    agent, expert, rollout = make_agent()
+    agent, expert, rollout = make_agent(discriminator_lr=0.002)
+    assert agent.d_optimizer.param_groups[0]["lr"] == 0.002
     expert.state += 8
     before = {name: p.detach().clone() for name, p in agent.named_parameters()}
     parameters = agent.optimizer.param_groups[0]["params"]
@@ -218,11 +220,13 @@ def test_the_rows_of_the_expert_are_drawn_as_their_weights_say(monkeypatch):
 def test_the_loss_of_cloning_is_that_of_the_next_rows_of_all_episodes(steps, rows, monkeypatch):
     """Along which the internal state is that of the policy, with its noise, from 0 on.
 
-    The policy begins with the statistics of what the expert saw.
+    The gradient goes back to the first of these rows. The policy begins with the statistics of what
+    the expert saw.
     """
     episodes = [episode(40, seed=1), episode(35, seed=2)]
     agent, expert, _ = make_agent(episodes=episodes, bc_steps=steps, std_z=0.2)
-    monkeypatch.setattr(s2pg_gail, "descend", lambda optimizer, loss: None)
+    losses = []
+    monkeypatch.setattr(s2pg_gail, "descend", lambda optimizer, loss: losses.append(loss))
     torch.manual_seed(1)
     actual = agent.clone_behaviour(expert)
     shown = np.concatenate([one["observations"][:-1] for one in episodes])
@@ -230,17 +234,19 @@ def test_the_loss_of_cloning_is_that_of_the_next_rows_of_all_episodes(steps, row
     np.testing.assert_allclose(agent.actor.normalizer.var, shown.var(0), rtol=1e-4)
     torch.manual_seed(1)
     z, errors = torch.zeros(2, 4), []
-    with torch.no_grad():
-        for k in range(rows.stop):
-            t = k % 40  # it begins anew with the episodes
-            z = z * (t > 0)
-            obs = agent.actor.normalizer(expert.obs[t])
-            a, z = agent.actor(obs, z, expert.a_prev[t]).split([1, 4], -1)
-            z = z + 0.2 * torch.randn(2, 4)
-            for n, one in enumerate(episodes):
-                if k in rows and t < len(one["actions"]):
-                    errors.append((a[n] - torch.tensor(one["actions"][t])).square().sum())
-    torch.testing.assert_close(actual, torch.stack(errors).mean())
+    for k in range(rows.stop):
+        t = k % 40  # it begins anew with the episodes
+        z = (z.detach() if k == rows.start else z) * (t > 0)
+        obs = agent.actor.normalizer(expert.obs[t])
+        a, z = agent.actor(obs, z, expert.a_prev[t]).split([1, 4], -1)
+        z = z + 0.2 * torch.randn(2, 4)
+        for n, one in enumerate(episodes):
+            if k in rows and t < len(one["actions"]):
+                errors.append((a[n] - torch.tensor(one["actions"][t])).square().sum())
+    expected, cell = torch.stack(errors).mean(), list(agent.actor.cell.parameters())
+    torch.testing.assert_close(actual, expected.detach())
+    ours, theirs = (torch.autograd.grad(loss, cell) for loss in (losses[-1], expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("memoryless", [False, True])
@@ -265,13 +271,15 @@ def test_cloning_needs_an_internal_state_where_the_expert_had_one(memoryless):
 
 @pytest.mark.parametrize("script", [s2pg_gail, s2pg_lsiq], ids=lambda s: s.__name__)
 def test_the_reward_of_the_task_never_reaches_the_learner(script, tmp_path, monkeypatch):
-    """Another reward, and nothing but what is logged of it is another."""
+    """Another reward, and nothing but what is logged of it is another. Nor do more episodes of the
+    expert reach it than are asked for."""
     make, states, returns, sizes = envs.make, [], [], (2, 2, 1)  # of CueRecall
     env = envs.make_vec("CueRecall-5-v0")
     played = [episode(5, seed=seed, sizes=sizes) for seed in (1, 2)]
+    played[1]["rewards"] *= 3
     envs.demonstrations.save(tmp_path / "expert.npz", played, env, {})
     options = dict(env_id="CueRecall-5-v0", demonstrations=str(tmp_path / "expert.npz"))
-    options |= dict(total_timesteps=60, eval_episodes=1)
+    options |= dict(total_timesteps=60, eval_episodes=1, demonstration_episodes=1)
     if script is s2pg_gail:
         options |= dict(num_steps=18, num_minibatches=3, bc_steps=2)
     else:

@@ -1,21 +1,23 @@
 """S2PG-LSIQ: its critic against the paper's formulas, and the buffer of the expert."""
 
+import functools
 import itertools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_gail
 import torch
 from gymnasium.spaces import Box, Dict
-from test_gail import episode
 
 import s2pg_lsiq
 from envs import demonstrations
 
 CPU = torch.device("cpu")
+episode = functools.partial(test_gail.episode, sizes=(2, 3, 2))
 ENV = SimpleNamespace(
     single_observation_space=Dict(policy=Box(-1, 1, (2,)), critic=Box(-1, 1, (3,))),
-    single_action_space=Box(-1, 1, (1,)),
+    single_action_space=Box(-1, 1, (2,)),
     critic_sees_more=True,
 )
 
@@ -24,7 +26,7 @@ def lsiq_batch(n=6):
     """n transitions of the policy, then n of the expert; one of each is terminated, one no step."""
     torch.manual_seed(0)
     obs, next_obs, state, next_state = (torch.randn(2 * n, size) for size in (2, 2, 3, 3))
-    z, next_z, a_prev, action = (torch.randn(2 * n, size).tanh() for size in (4, 4, 1, 1))
+    z, next_z, a_prev, action = (torch.randn(2 * n, size).tanh() for size in (4, 4, 2, 2))
     place, unknown = torch.arange(n).repeat(2), torch.full((2 * n,), torch.nan)
     weight = 0.5 * (place != 1) / (n - 1)
     return s2pg_lsiq.Transitions(
@@ -91,7 +93,7 @@ def test_the_expert_buffer_holds_the_demonstrations_with_the_internal_states_of_
             np.testing.assert_allclose(batch.state[i], one["critic_observations"][t])
             np.testing.assert_allclose(batch.next_obs[i].detach(), one["observations"][t + 1])
             np.testing.assert_allclose(batch.action[i], one["actions"][t])
-            np.testing.assert_allclose(batch.a_prev[i], one["actions"][t - 1] if t else [0.0])
+            np.testing.assert_allclose(batch.a_prev[i], one["actions"][t - 1] if t else [0.0, 0.0])
             assert batch.terminated[i] == one["terminations"][t]
     assert not batch.reward.any() and 0.8 < counted.float().mean() < 0.9  # 6 of 7
 
@@ -100,11 +102,11 @@ def test_the_expert_buffer_holds_the_demonstrations_with_the_internal_states_of_
     for one in episodes:
         z = torch.zeros(1, 4)
         for t in range(len(one["actions"])):
-            obs, a_prev = one["observations"][t], one["actions"][t - 1] if t else np.zeros(1)
+            obs, a_prev = one["observations"][t], one["actions"][t - 1] if t else np.zeros(2)
             inputs = torch.tensor(obs)[None], z, torch.tensor(a_prev, dtype=torch.float32)[None]
             _, z = agent.actor.act(*inputs)
             assert torch.equal(places.pop(0), z[0])
-        agent.actor.act(torch.tensor(one["observations"][-1])[None], z, torch.zeros(1, 1))
+        agent.actor.act(torch.tensor(one["observations"][-1])[None], z, torch.zeros(1, 2))
 
 
 def two_worlds(**options):
@@ -116,7 +118,7 @@ def two_worlds(**options):
     buffer = s2pg_lsiq.TransitionBuffer(100, 1, *agent.row_sizes, CPU)
     for t in range(30):
         row = [-torch.ones(1, 2), -torch.ones(1, 3), torch.tanh(torch.randn(1, agent.z_dim))]
-        buffer.add(*row, torch.zeros(1, 1), np.zeros(1), np.zeros(1), np.array([t == 0]))
+        buffer.add(*row, torch.zeros(1, 2), np.zeros(1), np.zeros(1), np.array([t == 0]))
     return agent, buffer, expert
 
 
@@ -135,7 +137,8 @@ def test_each_world_has_its_fixed_point(loss, target):
 
 def test_an_update_of_critic_and_actor_on_rows_of_both(monkeypatch):
     options = dict(target_entropy_z=-3.0, alpha_lr=0.1, alpha_z_lr=0.2, tau=0.1, critic_lr=0.01)
-    agent, buffer, expert = two_worlds(**options)
+    agent, buffer, expert = two_worlds(**options, alpha_z=0.25)
+    assert all(map(torch.equal, agent.critic.parameters(), agent.target_critic.parameters()))
     seen, parts = {}, (buffer, expert)
     for name, loss in (("critic_loss", agent.critic_loss), ("actor_loss", agent.actor_loss)):
 
@@ -147,7 +150,9 @@ def test_an_update_of_critic_and_actor_on_rows_of_both(monkeypatch):
     z_before = [part.z.clone() for part in parts]
     targets = [p.clone() for p in agent.target_critic.parameters()]
     metrics = agent.update(buffer, expert)
-    (_, _, batch, *_), (_, z, *_) = seen["actor_loss"]
+    (*own, batch, alpha, alpha_z), (_, z, *_) = seen["actor_loss"]
+    assert own[0] is agent.actor and own[1] is agent.critic
+    assert (alpha, alpha_z) == (1.0, 0.25) and seen["critic_loss"][0][4] == 1.0
     assert (batch.state[:64] == -1).all() and (batch.state[64:] == 1).all()
     torch.testing.assert_close(batch.weight.sum(), torch.tensor(1.0))
 
@@ -168,7 +173,7 @@ def test_an_update_of_critic_and_actor_on_rows_of_both(monkeypatch):
         torch.testing.assert_close(new, old + 0.1 * (theta - old))
 
     # temperatures follow the entropies; the first step of Adam is as long as its learning rate
-    for name, target, rate in (("alpha", -1, 0.1), ("alpha_z", -3.0 * 4, 0.2)):
+    for name, target, rate in (("alpha", -2, 0.1), ("alpha_z", -3.0 * 4, 0.2)):
         alpha, log_alpha = metrics[f"losses/{name}"], getattr(agent, f"log_{name}")
         excess = metrics[f"losses/{name.replace('alpha', 'entropy')}"] - target
         torch.testing.assert_close(log_alpha.grad, alpha * excess)

@@ -116,6 +116,7 @@ def test_point_mass_oracle(env_id):
         assert all(left != other for _, _, left, other in drawn)
     else:
         assert cues == {25, 57, 88, 120} and starts == {(x, 15) for x in cues}
+        assert len({(x, cue) for x, _, cue in drawn}) > 10  # of 16: where it starts tells nothing
 
 
 def test_point_mass_sees_the_cue_again_when_it_returns():

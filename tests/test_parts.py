@@ -17,6 +17,7 @@ from torch.distributions import Normal
 
 import bptt_ppo
 import bptt_sac
+import s2pg_lsiq
 import s2pg_ppo
 import s2pg_sac
 import s2pg_td3
@@ -306,10 +307,10 @@ def make_agent(script=s2pg_sac, space=BOTH, says={}, **options):  # noqa: B006
     return agent, buffer
 
 
-@both_scripts
+@pytest.mark.parametrize("script", [s2pg_sac, bptt_sac, s2pg_lsiq], ids=lambda s: s.__name__)
 def test_every_parameter_has_its_learning_rate(script):
     rates = dict(actor_lr=0.1, critic_lr=0.2, alpha_lr=0.3)
-    rates |= dict(alpha_z_lr=0.4) if script is s2pg_sac else {}
+    rates |= dict(alpha_z_lr=0.4) if script is not bptt_sac else {}
     agent, _ = make_agent(script, **rates)
     groups = [group for optimizer in agent.optimizers for group in optimizer.param_groups]
     actual = {id(p): group["lr"] for group in groups for p in group["params"]}

@@ -224,14 +224,16 @@ def test_a_rollout_holds_what_was_seen_and_done(script, task, anneal, tmp_path, 
     monkeypatch.setattr(script, "Agent", Watched)
     monkeypatch.setattr(script, "make_env", watched_env)
     script.train(script.Args(
-        **task, num_envs=3, num_steps=20, total_timesteps=150, num_minibatches=1, update_epochs=1,
+        **task, num_envs=3, num_steps=20, total_timesteps=160, num_minibatches=1, update_epochs=1,
         learning_rate=0.01, state_dim=STATE, eval_frequency=0, std=0.8, anneal_lr=anneal,
     ))  # fmt: skip
 
+    for last, following in zip(acts[20::21], acts[21::21]):  # V of the row after the rollout
+        assert all(map(torch.equal, last[0], following[0]))
     first, final, acts, steps = np.ones(3, bool), np.zeros(3, bool), iter(acts), iter(steps)
-    left, clipped = 150, 0
+    left, clipped = 160, 0
     for rollout in rollouts:
-        assert math.isclose(rollout.lr, 0.01 * left / 150 if anneal else 0.01, rel_tol=1e-6)
+        assert math.isclose(rollout.lr, 0.01 * left / 160 if anneal else 0.01, rel_tol=1e-6)
         for t in range(21):
             (obs, state, z, a_prev), (sample, _, log_prob, value) = next(acts)
             if t == 20:  # the next rollout begins with this row
@@ -437,11 +439,18 @@ def test_a_normaliser_has_the_mean_and_variance_of_all_it_was_shown(sizes, shape
         torch.testing.assert_close(normalizer(x) * normalizer.std + normalizer.mean, x)
 
 
-def test_a_normaliser_clips_at_ten_standard_deviations():
-    normalizer = s2pg_ppo.RunningNormalizer(1, clip=10.0)
-    normalizer.update(torch.tensor([[1.0], [5.0]]), torch.ones(2))  # mean 3, std 2
-    x = torch.tensor([[7.0], [-100.0], [100.0]])
-    torch.testing.assert_close(normalizer(x), torch.tensor([[2.0], [-10.0], [10.0]]))
+@SCRIPTS
+def test_what_is_seen_is_clipped_at_ten_standard_deviations_and_returns_are_not(script):
+    agent = make_agent(script)
+    for normalizer in agent.actor.normalizer, agent.critic.normalizer:
+        one = torch.ones_like(normalizer.mean)
+        normalizer.update(torch.stack([one, 5 * one]), torch.ones(2))  # mean 3, std 2
+        x = torch.stack([7 * one, -100 * one, 100 * one])
+        expected = torch.stack([2 * one, -10 * one, 10 * one])
+        torch.testing.assert_close(normalizer(x), expected)
+    returns = agent.critic.returns
+    returns.update(torch.full((9,), 3.0), torch.ones(9))  # the least std of returns is .01
+    torch.testing.assert_close(returns(torch.tensor([4.0])), torch.tensor([100.0]))
     fresh = s2pg_ppo.RunningNormalizer(1)(torch.tensor([0.5]))  # it has seen nothing yet
     torch.testing.assert_close(fresh, torch.tensor([0.5]))
 
@@ -521,12 +530,15 @@ def test_every_epoch_has_each_transition_once_and_in_another_order(
 
 
 @SCRIPTS
-@pytest.mark.parametrize(("target_kl", "epochs"), [(1e9, 3), (0.0, 1)])
-def test_an_update(script, target_kl, epochs, monkeypatch):
-    """Of which no epoch follows once the policy has gone too far."""
-    options = dict(update_epochs=3, learning_rate=0.003, max_grad_norm=0.1, target_kl=target_kl)
-    agent = make_agent(script, **options)
-    rollout, seen = fill(agent, *SOME_LANES), watch(agent, monkeypatch)
+@pytest.mark.parametrize(("share", "epochs"), [(1.001, 2), (0.999, 1)])
+def test_an_update(script, share, epochs, monkeypatch):
+    """Of which no epoch follows one whose mean approx_kl is above the target."""
+    agent = make_agent(script, update_epochs=2, learning_rate=0.003, max_grad_norm=0.1)
+    rollout, twin, state = fill(agent, *SOME_LANES), copy.deepcopy(agent), torch.get_rng_state()
+    twin.args.update_epochs = 1
+    agent.args.target_kl = share * twin.update(rollout)["losses/approx_kl"].item()
+    torch.set_rng_state(state)
+    seen = watch(agent, monkeypatch)
     before, is_valid = [p.detach().clone() for p in agent.parameters()], valid(rollout)
     advantage = advantages_by_hand(rollout)[is_valid]
     returns = advantage + rollout.value[:-1][is_valid]
@@ -560,6 +572,25 @@ def test_an_update(script, target_kl, epochs, monkeypatch):
 
 
 # --- acting ---------------------------------------------------------------------------------------
+
+
+@SCRIPTS
+def test_training_acts_as_evaluation_does_and_has_a_value_of_all_that_the_critic_is_told(script):
+    """s, z and a_prev, and no o beside s; V is not linear in them."""
+    agent = make_agent(script)
+    actor, z, a_prev = agent.actor, torch.randn(3, agent.z_dim), torch.rand(3, ACTION)
+    x = torch.randn(3, OBS), torch.randn(3, CRITIC), z, a_prev
+    torch.manual_seed(1)
+    sample, next_z, _, value = agent.act(*x)
+    torch.manual_seed(1)
+    own = actor.act(x[0], z[:, : actor.z_dim], a_prev)
+    assert torch.equal(sample[:, :ACTION].clamp(-1, 1), own[0])
+    assert torch.equal(next_z[:, : actor.z_dim], own[1])
+    for i in range(4):
+        *_, other = agent.act(*(-y if k == i else y for k, y in enumerate(x)))
+        assert (other != value).all() if i else torch.equal(other, value)
+    minus, zero = (agent.act(*(k * y for y in x))[3] for k in (-1, 0))
+    assert ((value + minus - 2 * zero).abs() > 1e-4).all()
 
 
 @SCRIPTS
@@ -607,7 +638,8 @@ def test_a_memoryless_agent_has_no_recurrent_parameters():
 
 @RNN
 def test_the_baseline_has_networks_of_the_same_size_and_the_same_optimizer(rnn):
-    """And the same noise but for that of the internal state."""
+    """And the same noise but for that of the internal state; and is tuned alike for each task."""
+    assert s2pg_ppo.TUNED == bptt_ppo.TUNED
     one = make_agent(s2pg_ppo, rnn=rnn, std=0.3, std_z=0.15)
     other = make_agent(bptt_ppo, rnn=rnn, std=0.3)
     sizes, options, std = zip(*(
@@ -618,9 +650,15 @@ def test_the_baseline_has_networks_of_the_same_size_and_the_same_optimizer(rnn):
         )
         for agent in (one, other)
     ))  # fmt: skip
-    assert sizes[0] == sizes[1] and options[0] == options[1]
+    assert sizes[0] == sizes[1] and options[0] == options[1] and options[0]["eps"] == 1e-5
     torch.testing.assert_close(std[1], torch.tensor([0.3] * ACTION))
     torch.testing.assert_close(std[0], torch.tensor([0.3] * ACTION + [0.15] * one.z_dim))
+    # with the same weights, which come after log_std, they are the same functions
+    for p, q in list(zip(one.actor.parameters(), other.actor.parameters()))[1:]:
+        p.data.copy_(q)
+    x = torch.randn(9, OBS), torch.randn(9, one.z_dim), torch.rand(9, ACTION)
+    ours, theirs = (agent.actor.act(*x, deterministic=True) for agent in (one, other))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_no_more_than_16_shapes_of_sequences_have_a_graph(monkeypatch):

@@ -710,10 +710,11 @@ def test_every_number_has_a_range_in_which_its_default_lies(script):
 
 @EACH
 def test_tuned_options_come_between_the_defaults_and_the_command_line(script, monkeypatch):
+    hidden = "none" if script in ("flow_sac", "rp_pgm") else "velocities"
     for name, options in module(script).TUNED.items():
         args = parse(monkeypatch, "--env-id", f"{name}-v4", script=script)
         assert {k: getattr(args, k) for k in options} == options
-    hidden = "none" if script in ("flow_sac", "rp_pgm") else "velocities"
+        assert args.hide == ("none" if name == "CueRecall" else hidden)
     assert parse(monkeypatch, script=script).hide == hidden
     options = "--env-id", "Humanoid-v4", "--hide", "positions"
     assert parse(monkeypatch, *options, script=script).hide == "positions"

@@ -520,7 +520,7 @@ def train(args):
         action, z_next = agent.act(policy_obs, z, a_prev)
         if global_step < args.learning_starts:
             action = 2 * torch.rand_like(action) - 1
-        a = action.cpu().numpy()
+        a = action.cpu().numpy().copy()  # an environment may write to it
         for _ in range(updates_due):  # a CUDA card works on them during env.step, as `a` is here
             metrics = agent.update(buffer)
         try:

@@ -628,7 +628,7 @@ def train(args):
         action, _ = agent.act(policy_obs)
         if global_step < args.learning_starts:
             action = 2 * torch.rand_like(action) - 1
-        a = action.cpu().numpy()
+        a = action.cpu().numpy().copy()  # an environment may write to it
         for _ in range(updates_due):  # a CUDA card works on them during env.step, as `a` is here
             warm_up = global_step < args.warmup_steps
             metrics = agent.warm_up(buffer) if warm_up else agent.update(buffer)

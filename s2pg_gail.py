@@ -628,7 +628,7 @@ def train(args):
         policy_obs, critic_obs = (to_device(view, device) for view in views(obs))
         sample, z_next, log_prob, value = agent.act(policy_obs, critic_obs, z, a_prev)
         action = sample[:, : agent.action_dim].clamp(-1, 1)
-        a = action.cpu().numpy()
+        a = action.cpu().numpy().copy()  # an environment may write to it
         try:
             obs, reward, terminated, truncated, info = env.step(a)
         except Exception:  # of the environment: what is learned outlives it

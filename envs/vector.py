@@ -96,7 +96,7 @@ def evaluate(actor, env: gym.vector.VectorEnv, episodes: int, deterministic: boo
             policy_input = torch.as_tensor(policy_obs, dtype=torch.float32, device=device)
             action, z = actor.act(policy_input, z, a_prev, deterministic)
             a = action.cpu().numpy()
-            next_obs, reward, terminated, truncated, info = env.step(a)
+            next_obs, reward, terminated, truncated, info = env.step(a.copy())  # it may write
             row = dict(
                 observations=policy_obs, critic_observations=critic_obs, actions=a,
                 rewards=reward, terminations=terminated, truncations=truncated,

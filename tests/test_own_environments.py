@@ -98,6 +98,24 @@ def test_an_environment_that_resets_in_the_same_step_is_refused(script, monkeypa
         train(script, **register(monkeypatch))
 
 
+def test_an_environment_may_write_to_its_action(monkeypatch):
+    """Nines, and neither the replay buffer nor an episode has any."""
+
+    class Writing(Env):
+        def step(self, action):
+            action[:] = 9
+            return super().step(action)
+
+    mode = gym.vector.AutoresetMode.NEXT_STEP
+    env = gym.vector.SyncVectorEnv([Writing], autoreset_mode=mode)
+    task = register(monkeypatch) | dict(save_buffer=True)
+    monkeypatch.setattr(importlib.import_module("s2pg_sac"), "make_env", lambda *args: env)
+    run = train(**task)
+    assert not (load(run)["rows"] == 9).any()
+    (episode,) = envs.evaluate(evaluate.load(run, 1)[2].actor, env, 1, False, 0)
+    assert (abs(episode["actions"]) < 1).all()
+
+
 def test_a_step_that_returns_four_values_names_the_environment(monkeypatch):
     with pytest.raises(ValueError) as caught:
         train(**register(monkeypatch, returns=4))

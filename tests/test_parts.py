@@ -151,10 +151,15 @@ def test_a_kernel_keeps_what_its_gate_keeps(script, rnn):
 @five_scripts
 @every_cell
 def test_action_and_internal_state_depend_on_all_that_the_policy_is_told(script, rnn):
-    """o, z and a_prev; for an LSTM each half of z."""
-    actor = make_actor(script, rnn=rnn)
+    """o, z and a_prev; for an LSTM each half of z. But of its z' the policy reads h alone."""
+    actor, read = make_actor(script, rnn=rnn), []
+    for part in actor.children():
+        part.register_forward_pre_hook(lambda _, x: read.append(x[0]))
     obs, z, a_prev = inputs(actor, 4)
     before = actor.act(obs, z, a_prev, deterministic=True)
+    e, features, hidden = (x for x in read if x.shape[-1] > OBS)
+    assert e.min() == features[..., :-STATE].min() == hidden.min() == 0  # of rectified layers
+    torch.testing.assert_close(features[..., -STATE:].view(4, -1), before[1][:, :STATE])
     h, c = z.chunk(2, -1)
     for changed in (
         (-obs, z, a_prev), (obs, torch.cat([-h, c], -1), a_prev),
@@ -307,12 +312,17 @@ def make_agent(script=s2pg_sac, space=BOTH, says={}, **options):  # noqa: B006
     return agent, buffer
 
 
-@pytest.mark.parametrize("script", [s2pg_sac, bptt_sac, s2pg_lsiq], ids=lambda s: s.__name__)
+@pytest.mark.parametrize(
+    "script", [s2pg_sac, bptt_sac, s2pg_td3, s2pg_lsiq], ids=lambda s: s.__name__
+)
 def test_every_parameter_has_its_learning_rate(script):
-    rates = dict(actor_lr=0.1, critic_lr=0.2, alpha_lr=0.3)
-    rates |= dict(alpha_z_lr=0.4) if script is not bptt_sac else {}
+    """Of an Adam that is the usual one otherwise."""
+    rates = dict(actor_lr=0.1, critic_lr=0.2, alpha_lr=0.3, alpha_z_lr=0.4)
+    rates = {name: rate for name, rate in rates.items() if hasattr(script.Args, name)}
     agent, _ = make_agent(script, **rates)
     groups = [group for optimizer in agent.optimizers for group in optimizer.param_groups]
+    own, usual = dict(lr=0, params=0), torch.optim.Adam([torch.zeros(1)], fused=True)
+    assert all(group | own == usual.param_groups[0] | own for group in groups)
     actual = {id(p): group["lr"] for group in groups for p in group["params"]}
     for name, p in agent.named_parameters():
         if p.requires_grad:

@@ -7,6 +7,7 @@ list. Every row carries numbers that say which row it is, so whatever comes out 
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,13 +151,16 @@ def test_every_row_is_drawn_and_has_weight_if_it_is_a_transition(stream, data, s
         torch.testing.assert_close(batch.weight, expected)
 
 
-def test_rows_are_drawn_uniformly():
+@pytest.mark.parametrize("kind, more", [(TransitionBuffer, ()), (SequenceBuffer, (1, True))])
+def test_rows_are_drawn_uniformly(kind, more):
     """Pearson's chi-square over all of them: mean k, variance 2 k."""
-    buffer, row = TransitionBuffer(50, 2, 1, 0, 1, 1, CPU), torch.zeros(2, 1)
+    buffer = kind(50, 2, 1, 0, 1, 1, CPU)
     for t in range(60):
+        row = torch.tensor([[2.0 * t], [2.0 * t + 1]])
         buffer.add(row, row, row, row, np.zeros(2), np.zeros(2), np.full(2, t % 7 == 0))
+    buffer.steps += 25 * 2**20  # of a long run, whose rows float32 could not count
     k = 2 * (25 - 2)  # neither the oldest of a ring nor the newest
-    counts = torch.bincount(buffer.sample(400 * k).after)
+    counts = torch.bincount(buffer.sample(400 * k, *more).obs[:, 0].long())
     counts = counts[counts > 0].double()
     assert len(counts) == k
     assert (counts - 400).square().sum() / 400 < k - 1 + 5 * (2 * (k - 1)) ** 0.5

@@ -322,10 +322,13 @@ def test_seconds_are_those_of_training_alone_and_go_on_in_a_resumed_run(monkeypa
 
 @pytest.mark.parametrize("script", OFF_POLICY)
 def test_the_buffer_holds_what_the_environments_showed(script, events, monkeypatch):
-    """To the policy and to the critic, across episodes; and what it gave for the actions there. An
-    episode that is out of time has not terminated. LSIQ stores no reward, RP-PGM one view."""
+    """To the policy and to the critic, across episodes; and what it gave for the actions there,
+    and the internal state before them. An episode that is out of time has not terminated. LSIQ
+    stores no reward, RP-PGM one view."""
     kind = dict(bptt_sac="SequenceBuffer", rp_pgm="SegmentBuffer").get(script, "TransitionBuffer")
-    buffers, make = [], getattr(module(script), kind)
+    buffers, acted, make = [], [], getattr(module(script), kind)
+    monkeypatch.setattr(make, "refresh", lambda *_: None, raising=False)
+    watch(monkeypatch, script, "act", lambda args, _: acted.append(args[1:3]))
     monkeypatch.setattr(
         module(script), kind, lambda *args: buffers.append(make(*args)) or buffers[-1]
     )
@@ -342,12 +345,15 @@ def test_the_buffer_holds_what_the_environments_showed(script, events, monkeypat
         shown = [obs["policy"], obs["critic"], action, reward, terminated, first]
         if script == "rp_pgm":
             del shown[1]
-        else:
-            del columns[2]  # z
+        else:  # what the policy was told; of each environment as its own episode begins, zeros
+            z, a_prev = acted[row]
+            shown.insert(2, z)
+            assert np.array_equal(a_prev.any(-1), 1 - first)
         if script == "s2pg_lsiq":
-            shown[3] = 0 * reward
+            shown[4] = 0 * reward
         for value, column in zip(shown, columns, strict=True):
             assert np.array_equal(np.asarray(value, np.float32).reshape(column.shape), column)
+        assert action[0] != action[1]  # also where it is random
         ends += [*terminated, *(2 * (truncated & ~terminated))]
         first, final, obs = final, terminated | truncated, next_obs
     assert {1, 2} <= set(map(int, ends)) and 4 < buffer.rows[:, -1].sum() < 40
@@ -455,7 +461,13 @@ def test_a_resumed_run_learns_when_its_buffer_is_filled(save_buffer, monkeypatch
     """At once if it was saved; else after `learning_starts` steps of the policy."""
     run, rows, first = train(save_buffer=save_buffer), [], 60 if save_buffer else 80
     options = dict(save_buffer=save_buffer, resume=str(run), eval_frequency=0)
-    watch(monkeypatch, "s2pg_sac", "update", lambda args, _: rows.append(int(args[0].steps)))
+    begun = 60 + 11 if save_buffer else 0  # the row in which the resumed run begins an episode
+
+    def see(args, _):
+        rows.append(int(args[0].steps))
+        assert args[0].rows[begun, -1] == 1
+
+    watch(monkeypatch, "s2pg_sac", "update", see)
     monkeypatch.setattr(torch, "rand_like", lambda x: 1 / 0)  # random actions
     says = "" if save_buffer else "no update before step 80: "
     for steps in (60, first):
@@ -581,7 +593,8 @@ def state_of(agent, *buffer):
 
 SAVED = [(script, {}) for script in ON_POLICY]  # a ring that is full, and one that is not
 SAVED += [
-    (s, dict(save_buffer=True, buffer_size=n)) for s, n in zip(OFF_POLICY, [40, 50, 90, 90, 90, 90])
+    (s, dict(num_envs=2, save_buffer=True, buffer_size=n))
+    for s, n in zip(OFF_POLICY, [40, 50, 90, 90, 90, 90])
 ]
 
 
@@ -727,6 +740,14 @@ def test_an_option_is_judged_beside_those_of_the_task_or_of_the_resumed_run(monk
     Path("args.json").write_text(json.dumps(vars(options) | dict(script="s2pg_ppo.py")))
     options = "--resume", ".", "--num-minibatches", 2500
     assert parse(monkeypatch, *options, script="s2pg_ppo").num_minibatches == 2500
+
+
+def test_policy_and_critic_see_what_the_options_say():
+    options = dict(env_id="Hopper-v4", env_kwargs={}, hide="positions")
+    for privileged, sizes in (True, (6, 11)), (False, (6, 6)):
+        args = arguments("s2pg_sac", privileged_critic=privileged, **options)
+        seen = s2pg_sac.make_env(args, 1).single_observation_space
+        assert (seen["policy"].shape + seen["critic"].shape) == sizes
 
 
 @EACH

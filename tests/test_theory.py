@@ -251,7 +251,7 @@ def single_step(actor, obs, z, a_prev):
 
 
 def losses_of_single_steps(agent, batch, noise):
-    """Both losses by a loop over sequences and rows; `noise` are the draws of the two samples."""
+    """Both losses, and the entropy, by a loop over sequences and rows; `noise` has the draws."""
     actor, h = agent.actor, {}
     for m in range(len(batch.first_z)):
         z = batch.first_z[[m]] * (agent.args.initial_state == "stored")
@@ -270,7 +270,7 @@ def losses_of_single_steps(agent, batch, noise):
         h = h.detach()[: HIDDEN * (len(state) == OBS)]
         return critic(torch.cat([state, h, *actions]).unsqueeze(0))
 
-    actor_loss = critic_loss = 0.0
+    actor_loss = critic_loss = entropy = 0.0
     for b, (k, m) in enumerate(zip(*(part.tolist() for part in batch.index))):
         state, action, a_prev = batch.state[b], batch.action[b], batch.a_prev[b]
         with torch.no_grad():
@@ -283,7 +283,8 @@ def losses_of_single_steps(agent, batch, noise):
         a, log_pi = policy(batch.obs[b], h[k, m], noise[1][b])
         q = values(agent.critic, state, h[k, m], a, a_prev).min()
         actor_loss = actor_loss + batch.weight[b] * (ALPHA * log_pi - q)
-    return critic_loss, actor_loss
+        entropy = entropy - batch.weight[b] * log_pi
+    return critic_loss, actor_loss, entropy
 
 
 @pytest.mark.parametrize(
@@ -305,10 +306,12 @@ def test_an_update_has_the_losses_and_gradients_of_a_loop_of_single_steps(
     batch = sample(agent, buffer)
     assert batch.terminated.any() and (batch.weight == 0).any() and batch.first_z.any()
     torch.manual_seed(5)
-    metrics = agent.update(SimpleNamespace(sample=lambda *_: batch))
+    drawn = {(32, 4, loss_on == "last"): batch}
+    metrics = agent.update(SimpleNamespace(sample=lambda *asked: drawn[asked]))
     torch.manual_seed(5)
     noise = [torch.randn(len(batch.weight), ACTION) for _ in range(2)]
-    q_loss, pi_loss = losses_of_single_steps(agent, batch, noise)
+    q_loss, pi_loss, entropy = losses_of_single_steps(agent, batch, noise)
+    torch.testing.assert_close(metrics["losses/entropy"], entropy, **close)
     for name, loss, module in (
         ("qf_loss", q_loss, agent.critic), ("actor_loss", pi_loss, agent.actor)
     ):  # fmt: skip

@@ -41,7 +41,7 @@ class Args:
     out: str = "runs/sweep"  # the folder that sweep.py ran them in
     cuda: bool = False  # those that it ran with --cuda
     unfinished: bool = False  # with what unfinished runs have so far
-    add: bool = True  # keep the rows of the CSV whose runs are not here: other seeds or machines
+    add: bool = True  # keep the rows of the CSV whose runs are not here: other seeds
     results: str = "benchmark/results"  # folder of the CSVs
     runs: tuple[str, ...] = ()  # folders of runs that are not of a claim
     csv: str = "runs.csv"  # file for those
@@ -66,7 +66,7 @@ def evaluations(folder, run=None, machine=None, only_step_0=False):
     args |= json.loads(own.read_text()) if own.exists() else {}  # of flow_offline.py
     apart = {*COLUMNS, "exp_name", "save_buffer"}
     options = {k: v for k, v in args.items() if k not in apart and v != defaults.get(k)}
-    origin = ["", "", ""]  # of a run that sweep.py did not make nobody knows
+    origin = ["", "", ""]  # not known for runs outside sweep.py
     if machine is not None:
         versions = " ".join(f"{name}={value}" for name, value in machine["versions"].items())
         origin = [versions, machine["commit"], machine["hardware"]]
@@ -83,7 +83,7 @@ def evaluations(folder, run=None, machine=None, only_step_0=False):
     rows, seconds = [], values("charts/seconds")
     returns = [values(f"eval/return_{mode}") for mode in MODES]
     successes = [values(f"eval/success_{mode}") for mode in MODES]
-    for step in sorted(returns[0].keys() & returns[1].keys()):  # the run may be at its second
+    for step in sorted(returns[0].keys() & returns[1].keys()):  # an evaluation under way has one
         if only_step_0 and step > 0:
             break
         rows.append([
@@ -156,11 +156,11 @@ def collect_claim(name, args):
             continue
         last = json.loads((folder / "args.json").read_text())["total_timesteps"]
         if done and not clones and max(row[5] for row in own) < last:
-            print(f"killed in its last evaluation: {run.label}, {run.folder.name}")
+            print(f"killed in its last evaluation: {run.label}, {run.folder.name}; move it away")
         rows += own
     if not rows:
         sys.exit(f"no run of {name} is finished in {args.out}")
-    write(rows, Path(args.results, f"{name}.csv"), args.add)
+    write(rows, Path(args.results, f"{name}{'_cuda' * args.cuda}.csv"), args.add)
 
 
 def main(args: Args):

@@ -14,13 +14,17 @@ part() { # NAME SECONDS COMMAND...
         return
     fi
     timeout "$seconds" "${@:3}" 2>&1 | tee "$out/$1.new"
-    echo "$1: status ${PIPESTATUS[0]}, $SECONDS s since the start"
-    mv "$out/$1.new" "$out/$1.txt"
+    local status=${PIPESTATUS[0]}
+    echo "$1: status $status, $SECONDS s since the start"
+    if ((status == 0 || status == 124)); then # done, or out of time; otherwise the old table stays
+        mv "$out/$1.new" "$out/$1.txt"
+    fi
 }
 tests() { part "$1" "$2" "${PYTHON:-python}" -m pytest -q -n 0 "${@:3}"; }
 table() { part "$1" "$2" "${PYTHON:-python}" benchmark/update_time.py --device cuda "${@:3}"; }
 
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv > "$out/card.csv"
+card=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv) || exit
+echo "$card" > "$out/card.csv"
 tests tests 150 tests/test_cuda.py tests/test_scripts.py -k "card and not compiled"
 sac=(--algorithms sac --rounds 8 --updates 20
     --methods memoryless S2PG "BPTT, L = 5, last" "BPTT, L = 32, last" "BPTT, L = 32, all")

@@ -46,7 +46,7 @@ def profile(folder, env_id, label, seed, interval):
                 sums[-(-event.step // interval) * interval][tag[5:]].append(event.value)
     for step, values in sorted(sums.items()):
         means = {tag: float(np.mean(v)) for tag, v in values.items()}
-        norms = [means[f"gradient_{k}"] for k in range(len(means) - 3)]
+        norms = [means[f"gradient_{k}"] for k in range(sum("gradient_" in tag for tag in means))]
         for k, norm in enumerate(norms):
             numbers = norm, norm / norms[-1], means["std"], means["gate"]
             yield [env_id, label, seed, step, k, *(f"{number:.4g}" for number in numbers)]

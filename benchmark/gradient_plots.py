@@ -80,7 +80,8 @@ def draw_horizons(rows, path):
                 mean = values.mean(0) if cos else np.exp(np.log(values).mean(0))
                 panel.plot(h, mean, dash, marker="o", ms=4, color=color)
                 panel.fill_between(h, values.min(0), values.max(0), color=color, alpha=0.13, lw=0)
-                ends.append((h[-1], mean[-1], name, color))
+                last = np.flatnonzero(np.isfinite(mean))[-1]
+                ends.append((h[last], mean[last], name, color))
             axes(panel, f"{env_id}: {title}", "horizon h", "")
             horizon_axis(panel)
             panel.set_yscale("linear" if cos else "log")

@@ -35,6 +35,7 @@ import csv
 import dataclasses
 import functools
 import itertools
+import json
 import subprocess
 import sys
 import time
@@ -298,13 +299,15 @@ def speed(args):
 
 
 def trained(runs, script, options):
-    """The folder of a finished run, which is trained here if there is none of this name."""
+    """The folder of a finished run with these options, which is trained here if there is none."""
     name = "runs/{env_id}__{exp_name}__{seed}__*/checkpoint.pt".format(**options)
 
     def finished():
         for path in Path(runs).glob(name):
             state = torch.load(path, map_location="meta", weights_only=True)
-            if state["global_step"] == options["total_timesteps"]:
+            args = json.loads((path.parent / "args.json").read_text())
+            done = state["global_step"] == options["total_timesteps"]
+            if done and args.items() >= options.items():
                 return path.parent
 
     if finished() is None:

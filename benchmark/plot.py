@@ -195,7 +195,7 @@ def draw(data, claim, path):
             for panel, x in zip(column, (curve.steps, np.median(curve.minutes, 0))):
                 panel.plot(x, mean, lw=2, **style)
                 panel.fill_between(x, low, high, color=colors[label], alpha=0.15, lw=0)
-        for panel, unit in zip(column, ("environment steps", "minutes of training on one core")):
+        for panel, unit in zip(column, ("environment steps", "minutes of training")):
             panel.set(xlabel=unit, xlim=(0, None), ylabel=f"{UNITS[measure]}, {mode}")
             if env_id in claim.threshold:
                 panel.axhline(claim.threshold[env_id], color="black", lw=0.8, ls=":")
@@ -517,6 +517,9 @@ def main(args: Args):
     for name in args.pages:
         page = ROOT / name
         before = page.read_text()
+        unknown = set(re.findall("<!-- (.*): plot.py writes this table -->", before)) - set(tables)
+        if unknown and not args.claims:
+            sys.exit(f"plot.py: {name} has places for tables that there are not: {unknown}")
         after = insert(before, tables)
         if args.check and after != before:
             sys.exit(f"plot.py: the tables of {name} are not those of the CSVs; run plot.py")

@@ -109,9 +109,11 @@ def final_args(run):
 
 
 def check_unchanged(run):
-    """Exit if a default or `TUNED` has changed since the run was begun: it is another now."""
+    """Exit if a default or `TUNED` has changed since: the command would start another run now."""
     now, path = json.loads(json.dumps(vars(final_args(run)))), run_dir(run)
-    before = json.loads((path / "args.json").read_text()) if path else {}
+    before = {}
+    for file in path.glob("*.json") if path else ():  # flow_offline.py has a second one
+        before |= json.loads(file.read_text())
     for name in sorted((before.keys() & now.keys()) - {"resume"}):
         if before[name] != now[name]:
             sys.exit(
@@ -193,9 +195,11 @@ def machine(cuda):
 
 
 def cpu_name():
+    """The processor, and whether it has AMX, which many of one name lack."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        text = Path("/proc/cpuinfo").read_text()
+        lines = [line for line in text.splitlines() if line.startswith("model name")]
+        return next(iter(lines)).split(":")[1].strip() + " with AMX" * ("amx_bf16" in text)
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 

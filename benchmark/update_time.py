@@ -8,7 +8,7 @@ SAC and TD3: milliseconds per gradient step of everything (sampling, critic, act
 targets, refresh), for S2PG, the same without an internal state, and BPTT, all with the same number
 of transitions in a batch; and of the matrix products of an S2PG step alone, forward and backward,
 replayed on the same operands. SAC Flow: the same for its velocities. PPO: milliseconds per epoch
-over a rollout, a tenth of an update of ten. Runs of SAC and PPO: milliseconds of an environment
+over a rollout, a tenth of ten epochs. Runs of SAC and PPO: milliseconds of an environment
 step of a whole run, the simulator included, and of one without updates, for 1, 4 and 16
 environments.
 

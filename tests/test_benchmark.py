@@ -579,7 +579,7 @@ def test_a_run_killed_in_its_last_evaluation_is_named(monkeypatch, capsys):
         (folder / "checkpoint.pt").touch()
         (run.folder / "machine.json").write_text('{"versions": {}, "commit": "", "hardware": ""}')
     call(collect, "smoke", "--results", ".")
-    said = re.findall("killed in its last evaluation: (.*)", capsys.readouterr().out)
+    said = re.findall("killed in its last evaluation: (.*); move it away", capsys.readouterr().out)
     assert said == [f"S2PG-SAC, {killed.folder.name}"]
     call(plot, "--csv", "smoke.csv")
     said = capsys.readouterr().err
@@ -749,7 +749,7 @@ def test_a_picture_has_a_curve_for_each_method_and_clock(monkeypatch):
     titles = [panel.get_title() for panel in axes]
     assert titles == ["A-v0, wind", "B-v0"] * 2
     assert [len(panel.lines) for panel in axes] == [2, 3, 2, 3]  # A, B by steps; A, B by minutes
-    assert axes[2].get_xlabel() == "minutes of training on one core"
+    assert axes[2].get_xlabel() == "minutes of training"
     assert axes[2].lines[0].get_xdata().tolist() == [2, 3, 4]  # the median of the seeds
     colors = plot.colors_of(both)
     assert {line.get_label(): line.get_color() for line in axes[0].lines} == colors

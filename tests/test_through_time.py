@@ -1,5 +1,6 @@
 """The studies of gradients: slopes that are known, and the gradient through the simulator."""
 
+import json
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -112,3 +113,16 @@ def test_jacobians_of_model_and_truth(agent, batch):
     x, a = batch.x[0], batch.action[0]
     jacobian = model_gradients.jacobians(model_gradients.Real(linear).step, x, a)
     np.testing.assert_allclose(jacobian, np.broadcast_to(A, jacobian.shape), atol=1e-6)
+
+
+def test_a_run_with_other_options_is_not_taken_for_the_one_asked_for(tmp_path, monkeypatch):
+    options = dict(env_id="Pendulum-v1", exp_name="none-1", seed=1, total_timesteps=5, width=7)
+    run = tmp_path / "runs" / "Pendulum-v1__none-1__1__0"
+    run.mkdir(parents=True)
+    torch.save(dict(global_step=5), run / "checkpoint.pt")
+    (run / "args.json").write_text(json.dumps(options | dict(gamma=0.99)))
+    assert model_gradients.trained(tmp_path, "rp_pgm", options) == run
+    failed = SimpleNamespace(returncode=1)
+    monkeypatch.setattr(model_gradients.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(SystemExit, match="did not finish"):
+        model_gradients.trained(tmp_path, "rp_pgm", options | dict(width=8))
